@@ -1,4 +1,4 @@
-"""The Python API: ``from analysis.api import load`` opens a run directory for a notebook."""
+"""The Python API: ``from harness.analysis.api import load`` opens a run directory for a notebook."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from analysis.compare.variants import Figures, variant_of
-from analysis.cost.cost import DEFAULT_RATIO
-from analysis.report.export import run_table
-from analysis.rows.read import Run, read_run
-from analysis.summary import DEFAULT_ATTAIN, Summary, claims, summarise
+from harness.analysis.compare.variants import Figures, variant_of
+from harness.analysis.cost.cost import DEFAULT_RATIO
+from harness.analysis.report.export import run_table
+from harness.analysis.rows.read import Run, read_run
+from harness.analysis.summary import DEFAULT_ATTAIN, Summary, claims, summarise
 from harness.record.manifest import RunManifest
 
 

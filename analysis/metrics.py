@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats
-from analysis.rows.itl_histogram import clumped as clumped
-from analysis.rows.itl_histogram import itl as itl
-from analysis.rows.run import BINS as BINS
-from analysis.rows.run import Rows, Run
-from analysis.rows.run import Window as Window
-from analysis.rows.run import bin_of as bin_of
-from analysis.rows.run import binned as binned
-from analysis.rows.run import was_sent as was_sent
-from analysis.rows.run import window as window
+from harness.analysis.arrays import Bools, Floats
+from harness.analysis.rows.itl_histogram import clumped as clumped
+from harness.analysis.rows.itl_histogram import itl as itl
+from harness.analysis.rows.run import BINS as BINS
+from harness.analysis.rows.run import Rows, Run
+from harness.analysis.rows.run import Window as Window
+from harness.analysis.rows.run import bin_of as bin_of
+from harness.analysis.rows.run import binned as binned
+from harness.analysis.rows.run import was_sent as was_sent
+from harness.analysis.rows.run import window as window
 from harness.slo import split_key
 
 BETWEEN_BOUND = 0.1

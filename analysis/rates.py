@@ -16,13 +16,13 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from analysis import metrics
-from analysis.arrays import Bools, Floats
-from analysis.metrics import Counts, Tokens, Window
-from analysis.rows.run import LoadKind as LoadKind
-from analysis.rows.run import Rows, Run
-from analysis.stats.intervals import Quantity, rate, share, without_interval
-from analysis.stats.relaxation import ClosedLoop, Memory, relaxation
+from harness.analysis import metrics
+from harness.analysis.arrays import Bools, Floats
+from harness.analysis.metrics import Counts, Tokens, Window
+from harness.analysis.rows.run import LoadKind as LoadKind
+from harness.analysis.rows.run import Rows, Run
+from harness.analysis.stats.intervals import Quantity, rate, share, without_interval
+from harness.analysis.stats.relaxation import ClosedLoop, Memory, relaxation
 from harness.slo import criteria
 
 SLOTS = "--max-num-seqs"

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis import metrics
-from analysis.arrays import Floats
-from analysis.check import Check, limit
-from analysis.metrics import Window
-from analysis.rows.read import Run
-from analysis.stats.autocorrelation import long_run_variance
-from analysis.stats.intervals import Evidence, Quantity, holding_both, rate
+from harness.analysis import metrics
+from harness.analysis.arrays import Floats
+from harness.analysis.check import Check, limit
+from harness.analysis.metrics import Window
+from harness.analysis.rows.read import Run
+from harness.analysis.stats.autocorrelation import long_run_variance
+from harness.analysis.stats.intervals import Evidence, Quantity, holding_both, rate
 
 CHANGES = 2
 SHORTEST = 0.1

@@ -11,15 +11,15 @@ from functools import partial
 
 import numpy as np
 
-from analysis import metrics
-from analysis.arrays import Floats
-from analysis.check import Check, Verdict, verdict
-from analysis.cost.cost import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
-from analysis.cost.split import Split, run_samples, split_bill, token_mix
-from analysis.fidelity.inputs import Fidelity
-from analysis.fidelity.questions import fidelity
-from analysis.metrics import Counts, Tokens, Window
-from analysis.rates import (
+from harness.analysis import metrics
+from harness.analysis.arrays import Floats
+from harness.analysis.check import Check, Verdict, verdict
+from harness.analysis.cost.cost import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
+from harness.analysis.cost.split import Split, run_samples, split_bill, token_mix
+from harness.analysis.fidelity.inputs import Fidelity
+from harness.analysis.fidelity.questions import fidelity
+from harness.analysis.metrics import Counts, Tokens, Window
+from harness.analysis.rates import (
     Fullness,
     OfferedLoad,
     Slo,
@@ -33,15 +33,15 @@ from analysis.rates import (
     queue_of,
     served_rates,
 )
-from analysis.rates import Rates as Rates
-from analysis.rows.read import Rows, Run
-from analysis.stats.intervals import Distribution, Quantity, distribution
-from analysis.stats.relaxation import Memory
-from analysis.steady import Steady, backlog_check, drain_check, steady_check, steady_part, steady_rates
-from analysis.validity.checks import check_run
-from analysis.validity.counters import shared_addresses
-from analysis.validity.prefix_cache import REASON, CacheShares, cache_shares, warm_cache
-from analysis.validity.tokens import served_lengths
+from harness.analysis.rates import Rates as Rates
+from harness.analysis.rows.read import Rows, Run
+from harness.analysis.stats.intervals import Distribution, Quantity, distribution
+from harness.analysis.stats.relaxation import Memory
+from harness.analysis.steady import Steady, backlog_check, drain_check, steady_check, steady_part, steady_rates
+from harness.analysis.validity.checks import check_run
+from harness.analysis.validity.counters import shared_addresses
+from harness.analysis.validity.prefix_cache import REASON, CacheShares, cache_shares, warm_cache
+from harness.analysis.validity.tokens import served_lengths
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan.file import PlanInfo
 from harness.record.host import Host

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from cluster.deploy.load_workers import Launch, LoadWorkers, start_here
-from cluster.process.process import Process, wait_ready
 from harness.calibration import Calibration
+from harness.cluster.deploy.load_workers import Launch, LoadWorkers, start_here
+from harness.cluster.process.process import Process, wait_ready
 from harness.errors import ServerError, WorkerError
 from harness.plan.build import build_plan
 from harness.plan.prompts import Vocabulary
@@ -154,7 +154,7 @@ def _write_plan(run: RunDir, arrivals_s: Floats | None, requests: int, tokens: i
 
 def _start_server(run: RunDir, log: Path, ttft_s: float, itl_s: float, cpus: list[int] | None) -> Process:
     # 150 bytes more than the shortest event: about as long as what vLLM sends for a token
-    argv = [sys.executable, "-m", "cluster.engines.fake.server", "--ttft", str(ttft_s), "--itl", str(itl_s)]
+    argv = [sys.executable, "-m", "harness.cluster.engines.fake.server", "--ttft", str(ttft_s), "--itl", str(itl_s)]
     return Process.start(
         [*argv, "--pad", "150", "--log", str(log)], name="known-truth server",
         log=run.path / f"{log.stem}.log", pipes=True, cpus=cpus,

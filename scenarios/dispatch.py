@@ -21,12 +21,12 @@ import gevent
 from gevent.event import Event
 
 from harness.record.results import Result
-from scenarios.client.client import Client
-from scenarios.client.completion import Answer
-from scenarios.client.in_flight import InFlight
-from scenarios.client.timers import WakeTimer
-from scenarios.plan_reader import Draft, Planned
-from scenarios.schedule import Schedule
+from harness.scenarios.client.client import Client
+from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.in_flight import InFlight
+from harness.scenarios.client.timers import WakeTimer
+from harness.scenarios.plan_reader import Draft, Planned
+from harness.scenarios.schedule import Schedule
 
 NO_HISTORY = "no_history"
 """Error class of a turn that was not sent because an earlier one failed."""

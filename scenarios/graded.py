@@ -1,4 +1,6 @@
-r"""Graded prompts of our own for small models, to try ``harness audit`` on: ``python -m scenarios.graded -o FILE``.
+r"""Graded prompts of our own for small models, to try ``harness audit`` on.
+
+``python -m harness.scenarios.graded -o FILE``
 
 Each of `KINDS` has six ways to ask (a template family, which is a session of the trace: its records are alike), and
 each family so many records, all different and all a first turn. Truths are balanced, so that no constant answer passes.

@@ -21,12 +21,12 @@ from locust.runners import LocalRunner
 from harness.errors import EXIT_FAILURE, EXIT_USAGE, HarnessError, UsageError
 from harness.record.results import Result, ResultWriter
 from harness.record.run_spec import DEFAULTS, RunSpec
-from scenarios.client.client import Client, raise_fd_limit
-from scenarios.client.endpoint import ENDPOINTS
-from scenarios.client.timers import WakeTimer
-from scenarios.dispatch import BURST, Dispatcher
-from scenarios.plan_reader import PlanReader
-from scenarios.schedule import Schedule
+from harness.scenarios.client.client import Client, raise_fd_limit
+from harness.scenarios.client.endpoint import ENDPOINTS
+from harness.scenarios.client.timers import WakeTimer
+from harness.scenarios.dispatch import BURST, Dispatcher
+from harness.scenarios.plan_reader import PlanReader
+from harness.scenarios.schedule import Schedule
 
 API_KEY = "HARNESS_API_KEY"
 """Environment variable with the API key; there is no other way to give it, so that it is in no file and no argument."""

@@ -20,9 +20,9 @@ from time import monotonic_ns
 import psutil
 
 from harness.record.samples import Observation
-from scenarios.client.client import Client
-from scenarios.client.timers import Ticker
-from scenarios.dispatch import Dispatcher
+from harness.scenarios.client.client import Client
+from harness.scenarios.client.timers import Ticker
+from harness.scenarios.dispatch import Dispatcher
 
 TICK_NS = 10_000_000
 EVERY_NS = 1_000_000_000

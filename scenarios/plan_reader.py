@@ -24,7 +24,7 @@ import pyarrow as pa
 from harness.errors import HarnessError, PlanError, UsageError
 from harness.plan.file import Request, iter_batches, read_plan_columns, requests_in
 from harness.record.run_spec import NO_TEMPERATURE, RunSpec
-from scenarios.client.completion import Answer
+from harness.scenarios.client.completion import Answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ Also a plain locustfile:
 
 from __future__ import annotations
 
-from scenarios.client.timers import WakeTimer
-from scenarios.dispatch import Dispatcher
-from scenarios.locust_user import PlanUser, run_as_locustfile
+from harness.scenarios.client.timers import WakeTimer
+from harness.scenarios.dispatch import Dispatcher
+from harness.scenarios.locust_user import PlanUser, run_as_locustfile
 
 
 class Replay(PlanUser):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import heapq
 
 from harness.record.results import Result
-from scenarios.client.timers import WakeTimer
-from scenarios.dispatch import Dispatcher
-from scenarios.locust_user import PlanUser, run_as_locustfile
+from harness.scenarios.client.timers import WakeTimer
+from harness.scenarios.dispatch import Dispatcher
+from harness.scenarios.locust_user import PlanUser, run_as_locustfile
 
 
 class Saturate(PlanUser):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.errors import HarnessError, PlanError
-from scenarios.plan_reader import Planned, PlanReader
+from harness.scenarios.plan_reader import Planned, PlanReader
 
 
 @dataclass(frozen=True, slots=True)

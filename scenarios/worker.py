@@ -1,4 +1,4 @@
-"""The load worker process: ``python -m scenarios.worker SPEC.json``.
+"""The load worker process: ``python -m harness.scenarios.worker SPEC.json``.
 
 SPEC.json is a `harness.record.run_spec.WorkerSpec`; the API key comes from the environment variable HARNESS_API_KEY
 only. `scenarios.worker_protocol` says what goes over stdin and stdout; messages for people go to stderr. At the end
@@ -7,7 +7,7 @@ every request of the worker's slice has exactly one row. Exit codes are those of
 
 from __future__ import annotations
 
-import scenarios.lean_imports  # noqa: F401  # isort: skip  # first: Locust patches the standard library
+import harness.scenarios.lean_imports  # noqa: F401  # isort: skip  # first: Locust patches the standard library
 
 import fcntl
 import gc
@@ -36,19 +36,19 @@ from harness.record.answers import KEY_BYTES, KEY_VARIABLE, SAMPLE, CapturedWrit
 from harness.record.results import FLUSH_S, Result, ResultWriter
 from harness.record.run_spec import WorkerSpec
 from harness.record.samples import WORKER_SCHEMA, Observation, ObservationWriter
+from harness.scenarios.client.client import Client, raise_fd_limit
+from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.in_flight import Sampler
+from harness.scenarios.client.timers import WakeTimer
+from harness.scenarios.dispatch import Dispatcher, slot_starts
+from harness.scenarios.locust_user import API_KEY
+from harness.scenarios.observer import Observer
+from harness.scenarios.plan_reader import PlanReader
+from harness.scenarios.replay import Replay
+from harness.scenarios.saturate import Saturate
+from harness.scenarios.schedule import Schedule
+from harness.scenarios.worker_protocol import Commands, read_spec, say, start_ns
 from harness.server.access import from_environment
-from scenarios.client.client import Client, raise_fd_limit
-from scenarios.client.completion import Answer
-from scenarios.client.in_flight import Sampler
-from scenarios.client.timers import WakeTimer
-from scenarios.dispatch import Dispatcher, slot_starts
-from scenarios.locust_user import API_KEY
-from scenarios.observer import Observer
-from scenarios.plan_reader import PlanReader
-from scenarios.replay import Replay
-from scenarios.saturate import Saturate
-from scenarios.schedule import Schedule
-from scenarios.worker_protocol import Commands, read_spec, say, start_ns
 
 _OPEN_LOOP_CONNECTIONS = 64  # opened ahead when no cap says how many there can be
 _PROGRESS_S = 0.5
@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     forgo_pandas()
     try:
         if len(arguments) != 1:
-            raise UsageError("usage: python -m scenarios.worker SPEC.json")
+            raise UsageError("usage: python -m harness.scenarios.worker SPEC.json")
         worker = Worker(read_spec(Path(arguments[0])))
         say("ready", requests=worker.requests, fd_limit=worker.fd_limit, host=platform.node())
         start = start_ns(worker.commands)

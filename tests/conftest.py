@@ -76,7 +76,7 @@ def fake_server(tmp_path: Path) -> Iterator[StartServer]:
     def start(*args: str, **env: str) -> FakeServer:
         log = tmp_path / f"truth-{len(started)}.jsonl"
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.engines.fake.server", "--log", str(log), *args],
+            [sys.executable, "-m", "harness.cluster.engines.fake.server", "--log", str(log), *args],
             cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         started.append(process)

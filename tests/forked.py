@@ -19,8 +19,10 @@ import socket
 import sys
 import threading
 
-import analysis
 import harness
+
+APART = ("harness.cluster", "harness.scenarios")
+"""Ray, and Locust with its patches: the command line starts them in processes of their own, or late."""
 
 
 def serve(channel: socket.socket) -> list[str] | None:
@@ -50,10 +52,9 @@ def serve(channel: socket.socket) -> list[str] | None:
 
 if __name__ == "__main__":
     harness.forgo_pandas()  # as `harness.cli.main` does before it imports more
-    for package in (analysis, harness):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
+    for module in pkgutil.walk_packages(harness.__path__, "harness."):
+        if not module.name.startswith(APART) and not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     gc.collect()
     gc.freeze()
     arguments = serve(socket.socket(fileno=int(sys.argv[1])))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.simulator.replica import Outcomes, Router, Workload, simulate
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.step_time import LinearStep
+from harness.cluster.simulator.replica import Outcomes, Router, Workload, simulate
+from harness.cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.step_time import LinearStep
 
 RECORDED = Path(__file__).parent / "simulator_outcomes.json"
 STEP = LinearStep(base_s=0.020, per_sequence_s=0.0015, per_prompt_token_s=0.00002, per_context_token_s=0.0000001)

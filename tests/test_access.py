@@ -14,12 +14,12 @@ from test_client import spec_of
 from harness.errors import ServerError, UsageError
 from harness.plan.file import Request
 from harness.record.run_spec import RunSpec
+from harness.scenarios.client.client import Client
+from harness.scenarios.plan_reader import prepare
 from harness.server import probe
 from harness.server.access import Access, Patience, check_key_header
 from harness.server.question import retry_after_s
 from harness.server.warmup import ask
-from scenarios.client.client import Client
-from scenarios.plan_reader import prepare
 
 
 def test_the_key_is_a_bearer_or_alone_in_another_header() -> None:

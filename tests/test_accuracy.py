@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.hardware.kernels import Constants
+from harness.cluster.hardware.kernels import Constants
 from tests.accuracy.open_loop import over_bound
 from tests.accuracy.page import FIGURES, PAGE
 from tests.accuracy.rows import HERE, rows, simulated

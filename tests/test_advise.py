@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.catalogue.models import get_model
-from cluster.catalogue.tiers import get_tier
-from cluster.hardware import advice
-from cluster.hardware.advice import Demand, Offer, capacity, offers, ranked, to_measure
-from cluster.hardware.engine import HardwareEngine
-from cluster.hardware.error import ERRORS
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.step_time import LinearStep
 from harness.cli import main
+from harness.cluster.catalogue.models import get_model
+from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.hardware import advice
+from harness.cluster.hardware.advice import Demand, Offer, capacity, offers, ranked, to_measure
+from harness.cluster.hardware.engine import HardwareEngine
+from harness.cluster.hardware.error import ERRORS
+from harness.cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.step_time import LinearStep
 from harness.slo import criteria
 from harness.sweep.spec import pairs, read_sweep
 

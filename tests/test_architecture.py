@@ -15,11 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("harness", "scenarios", "cluster", "analysis")
 # The only package that may see all four; it imports a verb's module when the verb is run (tests/test_verb.py).
 TOP = "harness.cli"
+# The last three are imported as harness.scenarios and so on (the links in harness/); here each goes by its folder.
 MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def folder_name(module: str) -> str:
+    """``harness.analysis.rows`` -> ``analysis.rows``, ``harness.trace`` as it is."""
+    below = module.removeprefix("harness.")
+    return below if below.split(".")[0] in PACKAGES else module
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -32,10 +39,13 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 inner = False
             if isinstance(child, ast.Import):
-                found.extend((alias.name, eager) for alias in child.names)
+                found.extend((folder_name(alias.name), eager) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{path}: relative import"
-                found.append((child.module or "", eager))
+                if child.module == "harness":
+                    found.extend((folder_name(f"harness.{alias.name}"), eager) for alias in child.names)
+                else:
+                    found.append((folder_name(child.module or ""), eager))
             walk(child, inner)
 
     walk(ast.parse(path.read_text()), True)
@@ -79,10 +89,11 @@ def edges(*, typing: bool = False) -> dict[str, set[str]]:
             if id(node) in aside and not typing:
                 continue
             if isinstance(node, ast.Import):
-                seen.update(alias.name for alias in node.names)
+                seen.update(folder_name(alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module:
-                below = {f"{node.module}.{alias.name}" for alias in node.names}
-                seen |= below & names.keys() or {node.module}
+                module = folder_name(node.module)
+                below = {folder_name(f"{node.module}.{alias.name}") for alias in node.names}
+                seen |= below & names.keys() or {module}
         found[name] = seen & names.keys() - {name}
     return found
 
@@ -148,12 +159,12 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_locust_and_ray_never_share_a_process() -> None:
-    worker = loaded_by("import scenarios.worker")
+    worker = loaded_by("import harness.scenarios.worker")
     assert "locust" in worker
     assert not {"ray", "flask", "jinja2"} & worker, "Locust brings a web page that a worker never shows"
     assert not {"ray", "vllm", "torch", "locust", "gevent"} & loaded_by(
         "import harness.cli, harness.cli.replay, harness.cli.runner.steps, harness.server.probe, "
-        "cluster.deploy.load_workers, cluster.process.process, analysis"
+        "harness.cluster.deploy.load_workers, harness.cluster.process.process, harness.analysis"
     )
 
 
@@ -164,7 +175,7 @@ def test_a_process_of_ours_does_without_pandas() -> None:
 
 
 def test_the_simulator_is_numpy_and_the_standard_library_alone() -> None:
-    assert not {"pyarrow", "ray", "locust", "msgspec", "scipy"} & loaded_by("import cluster.simulator.replica")
+    assert not {"pyarrow", "ray", "locust", "msgspec", "scipy"} & loaded_by("import harness.cluster.simulator.replica")
 
 
 def test_help_is_light() -> None:

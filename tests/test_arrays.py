@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, bad, good, watch, write_run
 
-from analysis.report.run import render_json
-from analysis.rows import columns
-from analysis.rows import itl_histogram as gaps
-from analysis.rows import read as load
-from analysis.rows.itl_histogram import EDGES, cell_of, count_in
-from analysis.rows.read import read_run
-from analysis.summary import summarise
+from harness.analysis.report.run import render_json
+from harness.analysis.rows import columns
+from harness.analysis.rows import itl_histogram as gaps
+from harness.analysis.rows import read as load
+from harness.analysis.rows.itl_histogram import EDGES, cell_of, count_in
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import summarise
 from harness.record.manifest import RunDir
 
 

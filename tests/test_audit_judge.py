@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.quality.judging import sharpness
+from harness.analysis.quality.judging import sharpness
 from harness.audit.asked import AuditOptions
 from harness.audit.judge import KEY, HttpJudge, JudgeTrial, Label, read_labels, try_judge
 from harness.audit.records import AuditedRecord

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from analysis.audit.model import MeasuredModel, TokenPrice
-from analysis.audit.report import AuditReport, CandidateAnswer, audit_report
-from analysis.quality.bill import Policy, Rented, Stated
-from analysis.quality.cascade import cascade
-from analysis.quality.estimate import Bounded
-from analysis.quality.slices import RecordFacts
-from analysis.report.audit import audit_sections
-from analysis.report.document import render_markdown, render_text
+from harness.analysis.audit.model import MeasuredModel, TokenPrice
+from harness.analysis.audit.report import AuditReport, CandidateAnswer, audit_report
+from harness.analysis.quality.bill import Policy, Rented, Stated
+from harness.analysis.quality.cascade import cascade
+from harness.analysis.quality.estimate import Bounded
+from harness.analysis.quality.slices import RecordFacts
+from harness.analysis.report.audit import audit_sections
+from harness.analysis.report.document import render_markdown, render_text
 from harness.audit.asked import AuditOptions
 from harness.audit.grades import SCHEMA
 from harness.cli.runner.audit import evidence_of

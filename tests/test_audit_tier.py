@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner
 from conftest import StartServer
 
-from cluster.catalogue.quantise import FILE, Quantised
-from cluster.catalogue.tiers import get_tier
 from harness.cli import cli
 from harness.cli.runner import sweep
 from harness.cli.runner.targets import Servers, UrlTarget
+from harness.cluster.catalogue.quantise import FILE, Quantised
+from harness.cluster.catalogue.tiers import get_tier
 from harness.errors import EXIT_INVALID, EXIT_USAGE
 from harness.options import ReplayOptions
 from harness.record.manifest import RunDir, write_json

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.capacity.backlog import GRID, Curve, Demand, backlog_of_sessions_s, backlog_s
-from analysis.capacity.probes import worked_between
+from harness.analysis.capacity.backlog import GRID, Curve, Demand, backlog_of_sessions_s, backlog_s
+from harness.analysis.capacity.probes import worked_between
 
 NONE = np.full(4, -1)
 

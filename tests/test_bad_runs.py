@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from run_files import MS, SPEC, TIER, S, bad, good, watch, write_run
 
-from analysis.report.page import render_page
-from analysis.report.run import render_json, render_markdown, render_text
-from analysis.report.view import view_run
-from analysis.rows.read import read_run
-from analysis.summary import exit_code, summarise
+from harness.analysis.report.page import render_page
+from harness.analysis.report.run import render_json, render_markdown, render_text
+from harness.analysis.report.view import view_run
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import exit_code, summarise
 from harness.errors import EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, HarnessError
 from harness.record.host import Host
 from harness.record.manifest import MANIFEST, Replica, RunDir, Worker

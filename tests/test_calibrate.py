@@ -12,16 +12,6 @@ import pytest
 from conftest import in_time
 from test_worker import write_plan
 
-from cluster import calibrate
-from cluster.calibrate import (
-    Bench,
-    LoadStep,
-    find_batch_threshold,
-    find_ceiling,
-    kept_up,
-    poisson,
-    server_was_the_limit,
-)
 from harness.calibration import (
     DEFAULT_EVENTS_PER_S,
     FILE,
@@ -31,6 +21,16 @@ from harness.calibration import (
     read_calibration,
     size_workers,
     write_calibration,
+)
+from harness.cluster import calibrate
+from harness.cluster.calibrate import (
+    Bench,
+    LoadStep,
+    find_batch_threshold,
+    find_ceiling,
+    kept_up,
+    poisson,
+    server_was_the_limit,
 )
 from harness.errors import ResultsError, WorkerError
 from harness.record.host import describe_host

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, TIER, S, good, watch, write_run
 
-from analysis.capacity.serving_config import ServingConfig, cost_at, serving_configs
-from analysis.capacity.sweep import (
+from harness.analysis.capacity.serving_config import ServingConfig, cost_at, serving_configs
+from harness.analysis.capacity.sweep import (
     Capacity,
     Point,
     capacity,
@@ -17,12 +17,12 @@ from analysis.capacity.sweep import (
     pool,
     saturation,
 )
-from analysis.capacity.system import offered
-from analysis.report.capacity_text import capacity_sections, sentence
-from analysis.report.document import render_markdown
-from analysis.rows.read import read_run
-from analysis.stats.intervals import Quantity, share
-from analysis.summary import summarise
+from harness.analysis.capacity.system import offered
+from harness.analysis.report.capacity_text import capacity_sections, sentence
+from harness.analysis.report.document import render_markdown
+from harness.analysis.rows.read import read_run
+from harness.analysis.stats.intervals import Quantity, share
+from harness.analysis.summary import summarise
 from harness.slo import Criterion
 
 P99 = Criterion(name="ttft <= 2 s", wanted=0.99)

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import StartServer
 
-from analysis.capacity.backlog import curve_of
-from analysis.capacity.crossing import crossing
-from analysis.capacity.probes import requests_needed
-from analysis.capacity.search import (
+from harness.analysis.capacity.backlog import curve_of
+from harness.analysis.capacity.crossing import crossing
+from harness.analysis.capacity.probes import requests_needed
+from harness.analysis.capacity.search import (
     MOST_PROBES,
     SUSTAINED,
     Probe,
@@ -26,14 +26,14 @@ from analysis.capacity.search import (
     next_load,
     settling_s,
 )
-from analysis.capacity.sweep import Point
-from analysis.stats.intervals import Quantity
-from cluster.deploy import load_workers as load
-from cluster.simulator.replica import Workload
+from harness.analysis.capacity.sweep import Point
+from harness.analysis.stats.intervals import Quantity
 from harness.cli.capacity import capacity
 from harness.cli.plan_fleet import plan_fleet
 from harness.cli.results import compare, report
 from harness.cli.runner.capacity import CapacitySession
+from harness.cluster.deploy import load_workers as load
+from harness.cluster.simulator.replica import Workload
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import read_manifest
 from harness.slo import Criterion, criteria

@@ -34,7 +34,7 @@ def work(folder: Path, url: str, capture: str) -> str:
         "captured": str(folder / "answers-0.arrows"),
     }))  # fmt: skip
     with subprocess.Popen(
-        [sys.executable, "-m", "scenarios.worker", str(spec)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+        [sys.executable, "-m", "harness.scenarios.worker", str(spec)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, KEY_VARIABLE: KEY.hex()},
     ) as process:  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
@@ -108,7 +108,7 @@ def test_nothing_is_captured_unless_it_is_asked_for() -> None:
 
 
 def test_a_copy_from_another_host_is_private_too(tmp_path: Path) -> None:
-    from cluster.deploy.remote import RemoteWorker
+    from harness.cluster.deploy.remote import RemoteWorker
 
     file = tmp_path / "answers-0.arrows"
     worker = object.__new__(RemoteWorker)  # without an actor: only what came is of interest

@@ -18,13 +18,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import SPEC, TIER, good, write_run
 
-from analysis.cost.split import TokenMix, by_ratio, not_identifiable, token_mix
-from analysis.pricing.list_prices import find_list_prices, read_list_prices
-from analysis.pricing.rate_card import HOURS_PER_MONTH, api_usd, charge, compare_with_api, slo_words
-from analysis.pricing.terms import Terms, TokenWeights, VolumeTier, declared, from_split, parse_volume, unit_prices
-from analysis.rows.read import read_run
-from analysis.stats.intervals import Quantity
-from analysis.summary import summarise
+from harness.analysis.cost.split import TokenMix, by_ratio, not_identifiable, token_mix
+from harness.analysis.pricing.list_prices import find_list_prices, read_list_prices
+from harness.analysis.pricing.rate_card import HOURS_PER_MONTH, api_usd, charge, compare_with_api, slo_words
+from harness.analysis.pricing.terms import (
+    Terms,
+    TokenWeights,
+    VolumeTier,
+    declared,
+    from_split,
+    parse_volume,
+    unit_prices,
+)
+from harness.analysis.rows.read import read_run
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.summary import summarise
 from harness.cli.price import parse_tier_price, price
 from harness.cli.select_runs import find_runs
 from harness.errors import HarnessError, ResultsError, UsageError
@@ -109,7 +117,7 @@ def test_the_parts_add_up_to_the_bill(usd, uncached, cached, out, w_in, w_cached
     st.floats(0, 0.99), st.floats(0.01, 1), st.floats(0, 0.99), st.floats(0, 0.99)
 )  # fmt: skip
 def test_margin_and_break_even_agree(margin, utilisation, discount, batch):
-    from analysis.pricing.rate_card import _offers
+    from harness.analysis.pricing.rate_card import _offers
 
     q = Quantity(value=2.0, low=1.0, high=3.0, n=9, unit="", evidence="measured")
     full = unit_prices(q, TokenMix(uncached_input=10, cached_input=5, output=5), declared(4.0, 1.0, 0.25))

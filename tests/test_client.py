@@ -19,12 +19,12 @@ from harness.errors import ServerError, UsageError
 from harness.plan.file import Request
 from harness.record.results import ERRORS, Result
 from harness.record.run_spec import RunSpec
+from harness.scenarios.client.client import Client
+from harness.scenarios.client.connection import Connection
+from harness.scenarios.client.in_flight import InFlight
+from harness.scenarios.plan_reader import prepare
 from harness.server import probe
 from harness.server.access import parse_headers
-from scenarios.client.client import Client
-from scenarios.client.connection import Connection
-from scenarios.client.in_flight import InFlight
-from scenarios.plan_reader import prepare
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -293,7 +293,7 @@ def test_a_connection_closed_while_idle_is_not_used_again(serve, run):
 
 
 def test_a_long_idle_connection_is_not_trusted(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.endpoint.IDLE_LIMIT_S", 0.05)
+    monkeypatch.setattr("harness.scenarios.client.endpoint.IDLE_LIMIT_S", 0.05)
     server = serve(repeat(answer()))
     sender = run(server.url)
     sender.one()
@@ -335,7 +335,7 @@ def test_a_connection_closed_as_it_is_used_costs_no_request(serve, run):
 @pytest.mark.parametrize("what", ["a byte came", "it came late", "it was opened for it"])
 def test_nothing_else_is_sent_twice_unasked(serve, run, monkeypatch, what):
     if what == "it came late":
-        monkeypatch.setattr("scenarios.client.client.CLOSED_NS", 0)
+        monkeypatch.setattr("harness.scenarios.client.client.CLOSED_NS", 0)
     sender = run(serve(closing(9, b"H" if what == "a byte came" else b"")).url)
     if what == "it was opened for it":
         sender = run(serve(lambda connection, nth: connection.recv(1)).url)
@@ -405,7 +405,7 @@ def test_the_second_address_of_a_host_is_tried(serve, run, monkeypatch):
     port = dead.getsockname()[1]
     dead.close()
     found = [(socket.AF_INET, 1, 6, "", ("127.0.0.1", port)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", server.port))]
-    monkeypatch.setattr("scenarios.client.endpoint._getaddrinfo", lambda *_: found)
+    monkeypatch.setattr("harness.scenarios.client.endpoint._getaddrinfo", lambda *_: found)
     assert run("http://two.example/v1").one().error is None
 
 
@@ -447,7 +447,7 @@ def test_each_fault_is_a_row_of_its_class(faulty, run, fault, error):
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.engines.fake.server", "--ttft", "0.01", "--itl", "0.005"],
+        [sys.executable, "-m", "harness.cluster.engines.fake.server", "--ttft", "0.01", "--itl", "0.005"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     yield FakeServer(process.stdout.readline().split()[1], process, tmp_path_factory.mktemp("unused"))
@@ -480,7 +480,7 @@ def test_no_descriptors_left(serve, run, monkeypatch):
         raise OSError(errno.EMFILE, "")
 
     sender = run(serve(repeat(answer())).url)
-    monkeypatch.setattr("scenarios.client.connection._socket", none_left)
+    monkeypatch.setattr("harness.scenarios.client.connection._socket", none_left)
     assert "open files" in sender.client.open_connections(2)
     row = sender.one()
     assert (row.error, "open files" in row.detail) == ("connect", True)
@@ -842,7 +842,7 @@ def test_no_retries_unless_asked_for(serve, run):
 
 
 def test_retries_are_counted_and_take_time(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.1)
+    monkeypatch.setattr("harness.scenarios.client.client.RETRY_S", 0.1)
     calls = []
 
     def talk(connection, nth):
@@ -862,7 +862,7 @@ def test_retries_are_counted_and_take_time(serve, run, monkeypatch):
 
 
 def test_retries_come_to_an_end_and_only_for_what_may_pass(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.01)
+    monkeypatch.setattr("harness.scenarios.client.client.RETRY_S", 0.01)
     chunked = b"HTTP/1.1 429 X\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbusy\r\n0\r\n\r\n"
     for data, error, retries in (
         (chunked, "overloaded", 2), (b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", "server", 0),
@@ -878,7 +878,7 @@ def test_retries_come_to_an_end_and_only_for_what_may_pass(serve, run, monkeypat
 
 
 def test_a_busy_server_may_be_asked_more_often_than_one_that_is_not_there(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.01)
+    monkeypatch.setattr("harness.scenarios.client.client.RETRY_S", 0.01)
     row = run(serve(repeat(BUSY)).url, busy_retries=3).one()
     assert (row.error, row.retries) == ("overloaded", 3)
     row = run(serve(once(b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n")).url, busy_retries=3).one()
@@ -888,14 +888,14 @@ def test_a_busy_server_may_be_asked_more_often_than_one_that_is_not_there(serve,
 
 
 def test_a_retry_may_go_to_another_server(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.01)
+    monkeypatch.setattr("harness.scenarios.client.client.RETRY_S", 0.01)
     row = run(serve(repeat(BUSY)).url, serve(repeat(answer())).url, retries=1).one()
     assert (row.error, row.retries, row.replica) == (None, 1, 1)
 
 
 def test_what_waits_for_its_retry_can_be_stopped_cancelled_and_timed_out(serve, run, monkeypatch):
-    monkeypatch.setattr("scenarios.client.client.RETRY_S", 60.0)
-    monkeypatch.setattr("scenarios.client.client.RETRY_MOST_S", 60.0)
+    monkeypatch.setattr("harness.scenarios.client.client.RETRY_S", 60.0)
+    monkeypatch.setattr("harness.scenarios.client.client.RETRY_MOST_S", 60.0)
     url = serve(repeat(BUSY)).url
     sender = run(url, retries=1)
     sender.send()
@@ -976,7 +976,7 @@ def open_files():
 
 def test_requests_leave_no_garbage_and_no_descriptors(serve, run, monkeypatch):
     """The collector is off during a run: nothing a request leaves behind may need it."""
-    monkeypatch.setattr("scenarios.client.client.RETRY_S", 0.01)
+    monkeypatch.setattr("harness.scenarios.client.client.RETRY_S", 0.01)
     closing = HEAD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + answer()[len(HEAD) :]
     sender = run(serve(once(closing)).url, serve(once(BUSY)).url, retries=1, balance="round-robin")
     sender.one()

@@ -23,13 +23,13 @@ from click.testing import CliRunner, Result
 from conftest import ROOT
 from packaging.specifiers import SpecifierSet
 
-from cluster.catalogue.tiers import get_tier, list_tiers
-from cluster.deploy import aws as aws_machines
-from cluster.deploy import rent
-from cluster.deploy.aws import Aws
-from cluster.deploy.placement import NICENESS
-from cluster.deploy.rent import Cluster
 from harness.cli.catalogue import cluster as verbs
+from harness.cluster.catalogue.tiers import get_tier, list_tiers
+from harness.cluster.deploy import aws as aws_machines
+from harness.cluster.deploy import rent
+from harness.cluster.deploy.aws import Aws
+from harness.cluster.deploy.placement import NICENESS
+from harness.cluster.deploy.rent import Cluster
 from harness.errors import HarnessError, UsageError
 
 NOW = datetime(2026, 11, 22, 3, 0, tzinfo=UTC)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from run_files import SPEC, bad, good, write_run
 
-from analysis.check import Check
-from analysis.rows.read import read_run
-from analysis.summary import Summary, summarise
-from analysis.validity.counters import outages
-from analysis.validity.servers import first_wave
+from harness.analysis.check import Check
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import Summary, summarise
+from harness.analysis.validity.counters import outages
+from harness.analysis.validity.servers import first_wave
 from harness.record.manifest import Replica
 
 

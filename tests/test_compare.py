@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, bad, good, write_run
 
-from analysis.compare.compare import LOADS_OWN, Figure, _slo_sentence, judge, parse_gate
-from analysis.compare.compare import compare as hold_against
-from analysis.compare.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
-from analysis.report.decisions import comparison_sections
-from analysis.report.document import render_markdown
-from analysis.rows.read import read_run
-from analysis.stats.intervals import Quantity
-from analysis.stats.replicates import over_pairs
-from analysis.summary import summarise
+from harness.analysis.compare.compare import LOADS_OWN, Figure, _slo_sentence, judge, parse_gate
+from harness.analysis.compare.compare import compare as hold_against
+from harness.analysis.compare.paired import FIGURES, RATE_BLOCKS, _figure, _percentiles, _share, block_counts, observe
+from harness.analysis.report.decisions import comparison_sections
+from harness.analysis.report.document import render_markdown
+from harness.analysis.rows.read import read_run
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.stats.replicates import over_pairs
+from harness.analysis.summary import summarise
 from harness.cli.results import compare
 from harness.errors import HarnessError, UsageError
 from harness.record.host import Host

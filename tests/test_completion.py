@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.record.results import Result
-from scenarios.client.completion import Answer, Completion, fill
-from scenarios.client.fast_path import Template
+from harness.scenarios.client.completion import Answer, Completion, fill
+from harness.scenarios.client.fast_path import Template
 
 
 def filled(said):

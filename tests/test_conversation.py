@@ -27,12 +27,12 @@ from harness.plan.file import iter_requests, plan_sha256, read_plan_info
 from harness.record.manifest import RunDir, read_manifest
 from harness.record.results import Result, read_results
 from harness.record.run_spec import RunSpec
+from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.http1 import Response
+from harness.scenarios.dispatch import Conversations
+from harness.scenarios.plan_reader import PlanReader, draft, prepare
+from harness.scenarios.schedule import Schedule
 from harness.trace.io import TraceRecord
-from scenarios.client.completion import Answer
-from scenarios.client.http1 import Response
-from scenarios.dispatch import Conversations
-from scenarios.plan_reader import PlanReader, draft, prepare
-from scenarios.schedule import Schedule
 
 S = 1_000_000_000
 FORMS = ("messages", "text", "ids")
@@ -430,7 +430,7 @@ def test_who_hung_up_goes_on_from_what_was_read(echo, start, tmp_path):
 
 def test_answers_are_kept_only_while_a_turn_needs_them(tmp_path, echo):
     """After every session has ended nothing is held, and never more than one answer for each that is open."""
-    from scenarios.dispatch import Dispatcher
+    from harness.scenarios.dispatch import Dispatcher
 
     server, sessions = echo(tokens=5), 4
     plan = write_plan(tmp_path / "plan.arrow", n=40, timed=False, **chain(10, sessions, think_ns=[None] * 40))

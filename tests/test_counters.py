@@ -19,9 +19,9 @@ import pytest
 from conftest import StartServer
 from run_files import SPEC, good, write_run
 
-from analysis.rows.read import read_run
-from analysis.summary import Summary, summarise
-from analysis.validity.counters import moved_by, shared_addresses
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import Summary, summarise
+from harness.analysis.validity.counters import moved_by, shared_addresses
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import Replica, RunDir, read_manifest
 from harness.record.samples import SERVER_SCHEMA, read_server_metrics

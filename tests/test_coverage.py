@@ -17,9 +17,9 @@ import sys
 import numpy as np
 import pytest
 
-from analysis.cost.cost import usd_per_1m
-from analysis.stats.intervals import Quantity, distribution, rate, ratio_interval, share
-from analysis.stats.replicates import over_replicates
+from harness.analysis.cost.cost import usd_per_1m
+from harness.analysis.stats.intervals import Quantity, distribution, rate, ratio_interval, share
+from harness.analysis.stats.replicates import over_replicates
 
 RUNS = 1000
 FEW = 200

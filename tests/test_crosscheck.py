@@ -20,8 +20,8 @@ from conftest import StartServer, harness
 from run_files import good, write_run
 from test_plan import build, trace_of
 
-from analysis.rows.read import read_run
-from analysis.summary import summarise
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import summarise
 from harness.errors import UsageError
 
 

@@ -11,11 +11,11 @@ import pytest
 from conftest import StartServer, harness
 from run_files import MS, SPEC, S, good, watch, write_run
 
-from analysis import metrics
-from analysis.capacity.fitted_engine import observe
-from analysis.rows.read import read_run
-from analysis.rows.run import LoopStalls, WorkerSamples
-from analysis.summary import summarise
+from harness.analysis import metrics
+from harness.analysis.capacity.fitted_engine import observe
+from harness.analysis.rows.read import read_run
+from harness.analysis.rows.run import LoopStalls, WorkerSamples
+from harness.analysis.summary import summarise
 from harness.record.manifest import Worker
 
 TOKENS = 24

@@ -25,18 +25,18 @@ from conftest import ROOT, gone, wait_for
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs ray: pip install -e '.[cluster]'", allow_module_level=True)
 
-from cluster.catalogue.models import get_model
-from cluster.catalogue.tiers import get_tier
-from cluster.deploy import servers
-from cluster.deploy.deployment import Deployment
-from cluster.deploy.load_workers import LoadWorkers
-from cluster.deploy.ray_session import connect, disconnect
-from cluster.deploy.remote import HOST_FILE, RemoteHost, Report
-from cluster.deploy.servers import Failed, Look, ReplicaOwner, Started, hold_port
-from cluster.deploy.supervisor import MOST_RESTARTS, PartOwner, ServerHost, Supervisor
-from cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
-from cluster.process.process import Process
 from harness.cli.runner import targets
+from harness.cluster.catalogue.models import get_model
+from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.deploy import servers
+from harness.cluster.deploy.deployment import Deployment
+from harness.cluster.deploy.load_workers import LoadWorkers
+from harness.cluster.deploy.ray_session import connect, disconnect
+from harness.cluster.deploy.remote import HOST_FILE, RemoteHost, Report
+from harness.cluster.deploy.servers import Failed, Look, ReplicaOwner, Started, hold_port
+from harness.cluster.deploy.supervisor import MOST_RESTARTS, PartOwner, ServerHost, Supervisor
+from harness.cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
+from harness.cluster.process.process import Process
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import Restart, RunDir, create_run_dir
 from harness.record.run_spec import RunSpec
@@ -45,7 +45,17 @@ from harness.server import counters, probe
 
 S = 1_000_000_000
 TIER = get_tier("aws-m7a.large")
-SERVER = (sys.executable, "-m", "cluster.engines.fake.server", "--ttft", "0.01", "--host", "{host}", "--port", "{port}")
+SERVER = (
+    sys.executable,
+    "-m",
+    "harness.cluster.engines.fake.server",
+    "--ttft",
+    "0.01",
+    "--host",
+    "{host}",
+    "--port",
+    "{port}",
+)
 FAKE = CommandEngine(name="fake", served_model="fake", argv=SERVER, api_key_env="FAKE_SERVER_API_KEY")
 BROKEN = CommandEngine(
     name="broken", served_model="fake", argv=("sh", "-c", "echo loading; echo 'no such weights' >&2; exit 3")
@@ -68,7 +78,7 @@ def listeners(url: str) -> list[psutil.Process]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        if port in words and "cluster.engines.fake.server" in words and "guard.py" not in " ".join(words):
+        if port in words and "harness.cluster.engines.fake.server" in words and "guard.py" not in " ".join(words):
             found.append(process)
     return found
 
@@ -206,7 +216,7 @@ def test_the_states_of_a_start_are_read_from_the_log(tmp_path: Path) -> None:
 
 def test_a_server_that_runs_and_does_not_answer_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"HEALTH_EVERY_S": 0.1, "HEALTH_ANSWER_S": 0.2, "UNHEALTHY_S": 0.5}.items():
-        monkeypatch.setattr(f"cluster.deploy.servers.{name}", value)
+        monkeypatch.setattr(f"harness.cluster.deploy.servers.{name}", value)
     owner = make_owner(tmp_path, FAKE)
     started = owner.start(30)
     assert isinstance(started, Started)
@@ -286,9 +296,9 @@ def test_a_late_word_of_the_old_death_does_not_kill_the_restarted_server(
             look = self.looks.pop(0)
             return None if look is None else [look]
 
-    monkeypatch.setattr("cluster.deploy.supervisor.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0)])
-    monkeypatch.setattr("cluster.deploy.supervisor.head_gone", lambda: False)
-    monkeypatch.setattr("cluster.deploy.supervisor.ray.wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0)])
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.head_gone", lambda: False)
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.ray.wait", lambda refs, **_: (refs, []))
     d = deploy(tmp_path, on_replica_death="restart")
     watch, host = d._supervisor, ServerHost(None, node="n")
     host.owners = [PartOwner(host, 0, 0, 0, tmp_path / "log", ended="killed by SIGKILL", start=2)]
@@ -326,9 +336,9 @@ def test_a_server_that_goes_on_dying_is_not_started_again_for_ever(
         def remote(self, place: int, ready_s: float) -> None:
             return None
 
-    monkeypatch.setattr("cluster.deploy.supervisor.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0)])
-    monkeypatch.setattr("cluster.deploy.supervisor.head_gone", lambda: False)
-    monkeypatch.setattr("cluster.deploy.supervisor.ray.wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.ask", lambda refs, timeout_s: [Started("http://x/v1", 1.0)])
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.head_gone", lambda: False)
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.ray.wait", lambda refs, **_: (refs, []))
     d = deploy(tmp_path, on_replica_death="restart")
     host = ServerHost(Actor(), node="n")
     host.owners = [PartOwner(host, 0, 0, 0, tmp_path / "log")]
@@ -345,11 +355,11 @@ def test_servers_of_a_cluster_without_a_head_are_lost_and_not_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = [True, False, True, True]
-    monkeypatch.setattr("cluster.deploy.supervisor.head_gone", lambda: gone.pop(0))
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.head_gone", lambda: gone.pop(0))
     clock = iter(range(0, 1000, 10))
     d = deploy(tmp_path, on_replica_death="restart")
     d._supervisor.owners = [PartOwner(ServerHost(None), 0, 0, 0, tmp_path / "log")]
-    monkeypatch.setattr("cluster.deploy.supervisor.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.time.monotonic", lambda: next(clock))
     assert d.check() == {}
     assert d.check() == {}, "it was back before the time was over"
     assert d.check() == {}
@@ -397,9 +407,8 @@ def test_a_ray_address_that_cannot_be_used_is_refused_with_what_to_give(
 
 def test_an_empty_ray_address_is_none_and_our_own_ray_has_its_token() -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"RAY_ADDRESS": ""}
-    code = (
-        "import cluster.deploy.ray_session, os; print(len(os.environ['RAY_AUTH_TOKEN']), os.environ['RAY_AUTH_MODE'])"
-    )
+    shown = "print(len(os.environ['RAY_AUTH_TOKEN']), os.environ['RAY_AUTH_MODE'])"
+    code = f"import harness.cluster.deploy.ray_session, os; {shown}"
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
     )
@@ -449,7 +458,7 @@ def test_replicas_live_and_die_in_the_open(tmp_path: Path, local_ray: None) -> N
         assert d.engine_args == [
             sys.executable,
             "-m",
-            "cluster.engines.fake.server",
+            "harness.cluster.engines.fake.server",
             "--ttft",
             "0.01",
             "--host",
@@ -605,8 +614,8 @@ def test_a_server_elsewhere_is_sampled_on_its_own_clock(tmp_path: Path, monkeypa
     def get(ref: Any, timeout: float) -> Any:
         return ref
 
-    monkeypatch.setattr("cluster.deploy.supervisor.ray.get", get)
-    monkeypatch.setattr("cluster.deploy.supervisor.ray.wait", lambda refs, **options: (refs, []))
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.ray.get", get)
+    monkeypatch.setattr("harness.cluster.deploy.supervisor.ray.wait", lambda refs, **options: (refs, []))
     said: list[str] = []
     watch = Supervisor([], said.append, restart=False, ready_s=1)
     hosts = [

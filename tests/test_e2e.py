@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pytest
 from conftest import descendants, gone, harness, start_harness, wait_for
 
-from analysis.fidelity.questions import fidelity
-from analysis.rows.read import read_run
+from harness.analysis.fidelity.questions import fidelity
+from harness.analysis.rows.read import read_run
 from harness.plan.file import read_plan_columns
 from harness.record.manifest import read_manifest
 from harness.record.results import read_results
@@ -127,7 +127,7 @@ def test_a_real_trace_on_a_real_server_gives_a_price(tmp_path: Path) -> None:
     assert manifest.versions["ray"]
 
     # Nothing is left: not the server, not its helpers, not the workers, not Ray.
-    for name in ("vllm", "scenarios.worker", "guard.py", "raylet"):
+    for name in ("vllm", "harness.scenarios.worker", "guard.py", "raylet"):
         assert any(name in command for command in commands), f"{name} was never seen"
     wait_for(lambda: not alive(list(seen.values())), 120, f"ended: {alive(list(seen.values()))}")
     key = [

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from run_files import good, write_run
 
-from cluster.catalogue.tiers import get_tier
-from cluster.engines.protocol import CommandEngine, Engine
 from harness.cli import cli
+from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.engines.protocol import CommandEngine, Engine
 from harness.errors import UsageError
 from harness.plan.file import plan_sha256, read_plan_info
 from harness.record.manifest import RunDir, System, Worker, new_manifest, read_manifest, write_manifest
@@ -93,8 +93,8 @@ def test_an_engine_says_which_tiers_it_fits(tmp_path: Path) -> None:
     )
     if importlib.util.find_spec("ray") is None:
         pytest.skip("needs ray: pip install -e '.[cluster]'")
-    from cluster.catalogue.models import get_model
-    from cluster.deploy.deployment import Deployment
+    from harness.cluster.catalogue.models import get_model
+    from harness.cluster.deploy.deployment import Deployment
 
     model = get_model("smollm2-135m")
     start = {"model": model, "weights": tmp_path, "replicas": 1, "run_dir": tmp_path, "api_key": "k", "engine": STUB}

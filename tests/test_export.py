@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from pyarrow import parquet
 from run_files import MS, SPEC, TIER, bad, good, write_run
 
-from analysis.api import load
-from analysis.report import export
-from analysis.report.export import SCHEMA, export_runs
-from analysis.rows import columns
-from analysis.rows.read import read_run
+from harness.analysis.api import load
+from harness.analysis.report import export
+from harness.analysis.report.export import SCHEMA, export_runs
+from harness.analysis.rows import columns
+from harness.analysis.rows.read import read_run
 from harness.cli.results import export as export_verb
 from harness.errors import ResultsError, UsageError
 
@@ -179,8 +179,8 @@ def test_load_gives_table_summary_and_manifest(runs):
 
 
 def test_as_dict_is_the_report_as_json(runs):
-    from analysis.report.run import render_json
-    from analysis.summary import summarise
+    from harness.analysis.report.run import render_json
+    from harness.analysis.summary import summarise
 
     run = load(runs[0])
     assert run.as_dict() == json.loads(render_json(summarise(read_run(runs[0]))))

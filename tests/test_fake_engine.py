@@ -19,14 +19,14 @@ from conftest import ROOT, FakeServer, StartServer, in_time, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.catalogue.models import get_model
-from cluster.catalogue.tiers import get_tier
-from cluster.engines.fake.pacing import step_ms
-from cluster.engines.simulated import simulated_engine
-from cluster.simulator.blocks import block_keys
-from cluster.simulator.replica import Workload, simulate
-from cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from cluster.simulator.step_time import LinearStep
+from harness.cluster.catalogue.models import get_model
+from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.engines.fake.pacing import step_ms
+from harness.cluster.engines.simulated import simulated_engine
+from harness.cluster.simulator.blocks import block_keys
+from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.scheduler import Limits, Scheduler, Sequence
+from harness.cluster.simulator.step_time import LinearStep
 
 HANG_S = 120.0
 """Longer than anything here takes on a busy machine."""
@@ -235,7 +235,7 @@ def test_an_answer_in_one_piece_comes_with_its_last_token(fake_server: StartServ
 )
 def test_what_cannot_be_is_refused(args: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.engines.fake.server", *args],
+        [sys.executable, "-m", "harness.cluster.engines.fake.server", *args],
         cwd=ROOT,
         capture_output=True,
         timeout=60,

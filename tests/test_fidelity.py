@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 from run_files import SPEC, good, write_run
 
-from analysis.fidelity.inputs import Fidelity, ks_distance, on_trace_clock, read_plan
-from analysis.fidelity.questions import fidelity
-from analysis.rows.read import Run, read_run
-from analysis.summary import summarise
-from analysis.validity.prefix_cache import CacheCounters, block_tokens
+from harness.analysis.fidelity.inputs import Fidelity, ks_distance, on_trace_clock, read_plan
+from harness.analysis.fidelity.questions import fidelity
+from harness.analysis.rows.read import Run, read_run
+from harness.analysis.summary import summarise
+from harness.analysis.validity.prefix_cache import CacheCounters, block_tokens
 from harness.plan.build import build_plan
 from harness.plan.file import iter_requests, plan_sha256
 from harness.plan.prompts import Vocabulary

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from run_files import SPEC, TIER, bad, good, write_run
 from test_capacity import sweep_run
 
-from analysis.capacity.fitted_engine import FittedEngine
-from analysis.capacity.fleet import (
+from harness.analysis.capacity.fitted_engine import FittedEngine
+from harness.analysis.capacity.fleet import (
     HOURS_PER_YEAR,
     Kept,
     Schedule,
@@ -24,14 +24,14 @@ from analysis.capacity.fleet import (
     fleet,
     spare_instances,
 )
-from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
-from analysis.capacity.serving_config import serving_configs
-from analysis.capacity.simulated_fleet import SimulatedFleet
-from analysis.capacity.sweep import Capacity
-from analysis.pricing.rate_card import HOURS_PER_MONTH
-from analysis.report.document import Cell, Section, Table, render_csv, render_markdown
-from analysis.report.fleet import fleet_sections
-from analysis.stats.intervals import Quantity
+from harness.analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
+from harness.analysis.capacity.serving_config import serving_configs
+from harness.analysis.capacity.simulated_fleet import SimulatedFleet
+from harness.analysis.capacity.sweep import Capacity
+from harness.analysis.pricing.rate_card import HOURS_PER_MONTH
+from harness.analysis.report.document import Cell, Section, Table, render_csv, render_markdown
+from harness.analysis.report.fleet import fleet_sections
+from harness.analysis.stats.intervals import Quantity
 from harness.cli.plan_fleet import plan_fleet as plan_fleet_verb
 from harness.errors import UsageError
 

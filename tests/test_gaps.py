@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import good, write_run
 
-from analysis import metrics
-from analysis.rows import itl_histogram as gaps
-from analysis.rows.itl_histogram import ItlHistogram
-from analysis.rows.read import read_run
-from analysis.stats.intervals import distribution
-from analysis.summary import summarise
+from harness.analysis import metrics
+from harness.analysis.rows import itl_histogram as gaps
+from harness.analysis.rows.itl_histogram import ItlHistogram
+from harness.analysis.rows.read import read_run
+from harness.analysis.stats.intervals import distribution
+from harness.analysis.summary import summarise
 
 
 def pooled(seconds, tokens, owners, requests, exact, monkeypatch, pieces=1):

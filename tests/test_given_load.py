@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 from run_files import SPEC, S, good, write_run
 
-from analysis.capacity.serving_config import serving_configs
-from analysis.pricing.operating_point import operating_point
-from analysis.report.run import render_json, render_markdown
-from analysis.report.view import view_run
-from analysis.rows.read import read_run
-from analysis.summary import summarise
+from harness.analysis.capacity.serving_config import serving_configs
+from harness.analysis.pricing.operating_point import operating_point
+from harness.analysis.report.run import render_json, render_markdown
+from harness.analysis.report.view import view_run
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import summarise
 from harness.record.manifest import Replica, RunDir, read_manifest, write_manifest
 from harness.record.samples import SERVER_SCHEMA
 

@@ -8,8 +8,8 @@ import pytest
 from run_files import bad, good
 from test_page import browser, view, visit  # noqa: F401 - fixtures
 
-from analysis.report.document import Section
-from analysis.report.page import GLOSSARY, render_page, with_terms, write_sections_page
+from harness.analysis.report.document import Section
+from harness.analysis.report.page import GLOSSARY, render_page, with_terms, write_sections_page
 
 MARK = re.compile(r'<button type="button" class="term" popovertarget="([^"]+)"[^>]*>')
 

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from harness.checks.grade import Grader
 from harness.checks.lint import LintRecord, lint
 from harness.options import PlanOptions
+from harness.scenarios.graded import FAMILIES, FAMILY, KINDS, SHOTS, main
 from harness.trace.io import open_asked
-from scenarios.graded import FAMILIES, FAMILY, KINDS, SHOTS, main
 
 
 def written(folder: Path, *more: str) -> Path:

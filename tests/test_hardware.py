@@ -6,13 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cluster.catalogue.models import architecture, get_model
-from cluster.catalogue.tiers import get_tier, list_tiers
-from cluster.hardware.bound import bound_step, shape_of
-from cluster.hardware.chips import Chip, chip_of, chips
-from cluster.hardware.engine import engine_for
-from cluster.hardware.kernels import DONE, LENGTH, NEW, SEQUENCES, TOKENS, Entry, KernelStep, entries
-from cluster.simulator.step_time import Chunk
+from harness.cluster.catalogue.models import architecture, get_model
+from harness.cluster.catalogue.tiers import get_tier, list_tiers
+from harness.cluster.hardware.bound import bound_step, shape_of
+from harness.cluster.hardware.chips import Chip, chip_of, chips
+from harness.cluster.hardware.engine import engine_for
+from harness.cluster.hardware.kernels import DONE, LENGTH, NEW, SEQUENCES, TOKENS, Entry, KernelStep, entries
+from harness.cluster.simulator.step_time import Chunk
 from harness.errors import UsageError
 
 

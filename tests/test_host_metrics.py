@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import wait_for
 
-from cluster.catalogue.tiers import CATALOGUE, check_accelerators, read_tiers
+from harness.cluster.catalogue.tiers import CATALOGUE, check_accelerators, read_tiers
 from harness.errors import ResultsError, ServerError
 from harness.record import samples
 from harness.record.host import Gpus, busy_share

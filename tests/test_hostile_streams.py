@@ -9,11 +9,11 @@ import pytest
 from test_client import Run, Server, request, spec_of
 
 from harness.record.results import ERRORS, Result
-from scenarios.client.fast_path import Template
-from scenarios.client.http1 import Response
-from scenarios.client.in_flight import InFlight
-from scenarios.client.reader import ReceiveBuffer
-from scenarios.plan_reader import most_tokens, prepare
+from harness.scenarios.client.fast_path import Template
+from harness.scenarios.client.http1 import Response
+from harness.scenarios.client.in_flight import InFlight
+from harness.scenarios.client.reader import ReceiveBuffer
+from harness.scenarios.plan_reader import most_tokens, prepare
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
@@ -95,7 +95,7 @@ EVENT = b'data: {"id":"x","choices":[{"index":0,"text":" a"}]}\n\n'
 @pytest.mark.parametrize("event", [EVENT, b'data: {"choices":[{"text":"%b"}]}\n\n' % (b"x" * 60_000), b": ping\n\n"],
                          ids=["plain", "large", "no output at all"])  # fmt: skip
 def test_a_stream_without_end_is_hung_up_on(event, monkeypatch) -> None:
-    monkeypatch.setattr("scenarios.client.in_flight._BYTES_MORE", 1 << 17)
+    monkeypatch.setattr("harness.scenarios.client.in_flight._BYTES_MORE", 1 << 17)
 
     def talk(connection, nth):
         connection.recv(65536)

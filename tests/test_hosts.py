@@ -30,7 +30,7 @@ if importlib.util.find_spec("ray") is None:
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
 
-FAKE = "cluster.engines.fake.server"
+FAKE = "harness.cluster.engines.fake.server"
 """A server, in the command line of its process."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -179,7 +179,7 @@ def harness_processes(host: HostOnBridge) -> list[str]:
             words = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if any(name in words for name in (FAKE, "scenarios.worker", "guard.py")):
+        if any(name in words for name in (FAKE, "harness.scenarios.worker", "guard.py")):
             found.append(words[:200])
     return found
 
@@ -190,7 +190,9 @@ def test_servers_and_load_on_different_hosts(cluster: Cluster) -> None:
     wait_for(lambda: drive.rows(1) > 5 or drive.process.poll() is not None, 90, "rows from another host")
     assert drive.process.poll() is None, drive.said()
     server_hosts = [i for i, h in enumerate(cluster.hosts) if any(FAKE in p for p in harness_processes(h))]
-    load_hosts = [i for i, h in enumerate(cluster.hosts) if any("scenarios.worker" in p for p in harness_processes(h))]
+    load_hosts = [
+        i for i, h in enumerate(cluster.hosts) if any("harness.scenarios.worker" in p for p in harness_processes(h))
+    ]
     assert len(server_hosts) == 1
     assert len(load_hosts) == 2
     assert not set(server_hosts) & set(load_hosts)
@@ -198,7 +200,10 @@ def test_servers_and_load_on_different_hosts(cluster: Cluster) -> None:
 
     # No secret in a command line, and in the environment only of who needs it.
     servers = [
-        p for h in cluster.hosts for p in h.processes() if "cluster.engines.fake.server" in " ".join(p.cmdline())
+        p
+        for h in cluster.hosts
+        for p in h.processes()
+        if "harness.cluster.engines.fake.server" in " ".join(p.cmdline())
     ]
     key = next(p.environ()["FAKE_SERVER_API_KEY"] for p in servers if "FAKE_SERVER_API_KEY" in p.environ())
     token = cluster.env["RAY_AUTH_TOKEN"]
@@ -211,9 +216,9 @@ def test_servers_and_load_on_different_hosts(cluster: Cluster) -> None:
         assert token not in words
         if key in environment.values():
             key_seen.append(words)
-        if FAKE in words or "scenarios.worker" in words:
+        if FAKE in words or "harness.scenarios.worker" in words:
             assert token not in environment.values(), words
-    assert key_seen and all(FAKE in words or "scenarios.worker" in words for words in key_seen), key_seen
+    assert key_seen and all(FAKE in words or "harness.scenarios.worker" in words for words in key_seen), key_seen
 
     assert drive.end(90) in (0, 3), drive.said()
     report = drive.report()
@@ -248,7 +253,7 @@ def test_accelerators_are_taken_whole_from_one_node_and_parts_of_a_replica_from_
     assert drive.process.poll() is None, drive.said()
     assert not any(FAKE in p for p in harness_processes(cluster.hosts[0])), "no accelerators there"
     for host in cluster.hosts[1:]:
-        servers = [p for p in host.processes() if p.cmdline()[1:3] == ["-m", "cluster.engines.fake.server"]]
+        servers = [p for p in host.processes() if p.cmdline()[1:3] == ["-m", "harness.cluster.engines.fake.server"]]
         assert len(servers) == 1, "each node has what one replica, or one part of it, takes whole"
         assert servers[0].environ()["CUDA_VISIBLE_DEVICES"].count(",") == 7
     assert drive.end(90) in (0, 3), drive.said()
@@ -285,7 +290,7 @@ def test_a_host_with_a_load_worker_is_cut_off(cluster: Cluster) -> None:
     drive = cluster.replay(300, 20.0)
     wait_for(lambda: drive.rows(1) > 20 or drive.process.poll() is not None, 90, "rows from another host")
     assert drive.process.poll() is None, drive.said()
-    victim = next(h for h in cluster.hosts[1:] if any("scenarios.worker" in p for p in harness_processes(h)))
+    victim = next(h for h in cluster.hosts[1:] if any("harness.scenarios.worker" in p for p in harness_processes(h)))
     victim.cut()
     before = drive.rows(1)
     try:

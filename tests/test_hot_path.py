@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scenarios.client import reader as reading
-from scenarios.client.events import is_text
+from harness.scenarios.client import reader as reading
+from harness.scenarios.client.events import is_text
 
 PYTHON: Any = SimpleNamespace(
     Reader=reading.PythonReader,

@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from run_files import SPEC, good, write_run
 
-from analysis.rows.read import read_run
-from analysis.stats.autocorrelation import BLOCKS, CRITICAL, LONG, long_run_variance, student_t
-from analysis.stats.intervals import (
+from harness.analysis.rows.read import read_run
+from harness.analysis.stats.autocorrelation import BLOCKS, CRITICAL, LONG, long_run_variance, student_t
+from harness.analysis.stats.intervals import (
     MIN_SAMPLES,
     Quantity,
     distribution,
@@ -22,8 +22,8 @@ from analysis.stats.intervals import (
     samples_needed,
     share,
 )
-from analysis.stats.replicates import over_replicates
-from analysis.summary import summarise
+from harness.analysis.stats.replicates import over_replicates
+from harness.analysis.summary import summarise
 
 Z = {0.5: 0.0, 0.9: 1.2815515655, 0.95: 1.6448536270, 0.99: 2.3263478740}
 RUNS = 200

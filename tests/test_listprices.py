@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from analysis.price_age import is_old
-from analysis.pricing.list_prices import EXTRACT, family, find_list_prices, read_list_prices
+from harness.analysis.price_age import is_old
+from harness.analysis.pricing.list_prices import EXTRACT, family, find_list_prices, read_list_prices
 from harness.errors import UsageError
 
 

@@ -14,7 +14,7 @@ from conftest import gone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.deploy.load_workers import LoadWorkers, share, worker_spec
+from harness.cluster.deploy.load_workers import LoadWorkers, share, worker_spec
 from harness.errors import UsageError, WorkerError
 from harness.record.manifest import RunDir, create_run_dir
 from harness.record.run_spec import RunSpec, WorkerSpec
@@ -166,7 +166,7 @@ def test_a_worker_that_falls_silent_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_does_not_leave_after_its_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.deploy.load_workers.EXIT_S", 0.5)
+    monkeypatch.setattr("harness.cluster.deploy.load_workers.EXIT_S", 0.5)
     with make(tmp_path, "lingers") as load:
         load.start()
         follow(load)
@@ -184,7 +184,7 @@ def test_stop_lets_workers_end_themselves(tmp_path: Path) -> None:
 
 
 def test_stop_at_once_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.deploy.load_workers.AT_ONCE_S", 0.5)
+    monkeypatch.setattr("harness.cluster.deploy.load_workers.AT_ONCE_S", 0.5)
     with make(tmp_path, "deaf") as load:
         load.start()
         load.poll(1.5)
@@ -195,7 +195,7 @@ def test_stop_at_once_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_worker_deaf_to_stop_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.deploy.load_workers.SLACK_S", 0.5)
+    monkeypatch.setattr("harness.cluster.deploy.load_workers.SLACK_S", 0.5)
     with make(tmp_path, "deaf", spec={"drain_s": 0.5}) as load:
         load.start()
         load.poll(1.2)
@@ -205,7 +205,7 @@ def test_a_worker_deaf_to_stop_has_a_deadline(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_timed_run_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.deploy.load_workers.SLACK_S", 0.3)
+    monkeypatch.setattr("harness.cluster.deploy.load_workers.SLACK_S", 0.3)
     with make(tmp_path, "deaf", spec={"duration_s": 0.3, "drain_s": 0.2}) as load:
         load.start()
         follow(load, 10)

@@ -16,9 +16,9 @@ import pytest
 from conftest import StartServer, harness, start_harness, wait_for
 from run_files import good
 
-from cluster.process import registry
+from harness.cluster.process import registry
 from harness.record.results import FLUSH_S, ResultWriter, read_results
-from scenarios.client import client
+from harness.scenarios.client import client
 
 
 def test_a_full_disk_leaves_the_file_whole_and_loses_nothing_when_there_is_room_again(
@@ -76,7 +76,7 @@ def test_a_killed_worker_costs_a_second_of_rows_and_the_manifest_says_lost(fake_
     wait_for(lambda: len(server.truth()) > 150, 60, "150 answers")
     before, at = len(server.truth()), time.monotonic()
     (load,) = [p for p in psutil.Process(process.pid).children(recursive=True)
-               if "scenarios.worker" in p.cmdline() and "guard.py" not in " ".join(p.cmdline())]  # fmt: skip
+               if "harness.scenarios.worker" in p.cmdline() and "guard.py" not in " ".join(p.cmdline())]  # fmt: skip
     load.kill()
     said, words = process.communicate(timeout=120)
     assert process.returncode == 3, words

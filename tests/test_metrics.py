@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, S, bad, good, write_run
 
-from analysis import metrics
-from analysis.rows.itl_histogram import Gaps, chunk_output_tokens
-from analysis.rows.read import read_run
-from analysis.summary import exit_code, summarise
+from harness.analysis import metrics
+from harness.analysis.rows.itl_histogram import Gaps, chunk_output_tokens
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import exit_code, summarise
 from harness.errors import EXIT_INVALID, EXIT_SLO_MISSED, EXIT_VALID, PlanError, ResultsError, UsageError
 from harness.record.manifest import RunDir
 from harness.record.results import ERRORS, Result

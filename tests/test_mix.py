@@ -11,11 +11,11 @@ from typing import cast
 import numpy as np
 import pytest
 
-from analysis.capacity.backlog import Demand
-from analysis.capacity.crossing import Evidence
-from analysis.capacity.search_answer import mixes
-from analysis.fidelity.inputs import measured_reuse
-from analysis.rows.read import Run
+from harness.analysis.capacity.backlog import Demand
+from harness.analysis.capacity.crossing import Evidence
+from harness.analysis.capacity.search_answer import mixes
+from harness.analysis.fidelity.inputs import measured_reuse
+from harness.analysis.rows.read import Run
 from harness.cli.runner.capacity import window_count
 from harness.plan.build import build_plan
 from harness.plan.file import PlanInfo, Windows

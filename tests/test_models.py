@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.catalogue import models
-from cluster.catalogue.models import DEFAULT_MODEL, get_model, list_models
-from cluster.catalogue.tiers import get_tier
-from cluster.engines.vllm import CAUSES, engine_args, engine_kind, explain, server_argv, server_env
+from harness.cluster.catalogue import models
+from harness.cluster.catalogue.models import DEFAULT_MODEL, get_model, list_models
+from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.engines.vllm import CAUSES, engine_args, engine_kind, explain, server_argv, server_env
 from harness.errors import UsageError
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scenarios.observer import _BUCKETS, _bucket, _from_histogram, _rank
+from harness.scenarios.observer import _BUCKETS, _bucket, _from_histogram, _rank
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=300), st.sampled_from([0.5, 0.99, 1.0]))

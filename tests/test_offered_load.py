@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from run_files import MS, SPEC, S, good, write_run
 
-from analysis.capacity.probes import evidence_of
-from analysis.capacity.serving_config import serving_configs
-from analysis.capacity.system import load_words, offered
-from analysis.report.capacity_text import capacity_sections, sentence
-from analysis.report.run import render_json, render_markdown
-from analysis.report.view import view_run
-from analysis.rows.read import read_run
-from analysis.rows.run import own_times
-from analysis.summary import summarise
+from harness.analysis.capacity.probes import evidence_of
+from harness.analysis.capacity.serving_config import serving_configs
+from harness.analysis.capacity.system import load_words, offered
+from harness.analysis.report.capacity_text import capacity_sections, sentence
+from harness.analysis.report.run import render_json, render_markdown
+from harness.analysis.report.view import view_run
+from harness.analysis.rows.read import read_run
+from harness.analysis.rows.run import own_times
+from harness.analysis.summary import summarise
 from harness.plan.file import PlannedWindow
 from harness.record.manifest import RunDir, read_manifest, write_manifest
 from harness.slo import Criterion

@@ -12,8 +12,8 @@ import gevent
 import pytest
 
 from harness.record.run_spec import BATCH_READS_FROM
-from scenarios.client import reader as pace
-from scenarios.client.reader import MAX_INTERVAL_NS, Reader, ReadPacer
+from harness.scenarios.client import reader as pace
+from harness.scenarios.client.reader import MAX_INTERVAL_NS, Reader, ReadPacer
 
 MS = 1_000_000
 
@@ -175,7 +175,7 @@ def test_bytes_are_read_at_once_or_when_it_is_time() -> None:
 
 
 def test_where_there_is_no_timerfd_it_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scenarios.client.timers._libc", object())
+    monkeypatch.setattr("harness.scenarios.client.timers._libc", object())
     rig = Rig(monkeypatch)
     rig.streams = 1000
     rig.rounds(100, MS)

@@ -20,19 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import MS, SPEC, TIER, S, bad, good, write_run
 
-from analysis import metrics
-from analysis.labels import label_runs
-from analysis.report import curves as reduce
-from analysis.report.charts import interactivity, per_accelerator, tradeoff_charts
-from analysis.report.compared import ComparisonView, compare_runs
-from analysis.report.curves import EDGES, cumulative, curves, over_time
-from analysis.report.document import Chart, Section, Table
-from analysis.report.page import LONGEST, plain, render_page, write_page, write_sections_page
-from analysis.report.run import render_json
-from analysis.report.view import RunView, view_run
-from analysis.rows import columns
-from analysis.rows.read import read_run
-from analysis.summary import summarise
+from harness.analysis import metrics
+from harness.analysis.labels import label_runs
+from harness.analysis.report import curves as reduce
+from harness.analysis.report.charts import interactivity, per_accelerator, tradeoff_charts
+from harness.analysis.report.compared import ComparisonView, compare_runs
+from harness.analysis.report.curves import EDGES, cumulative, curves, over_time
+from harness.analysis.report.document import Chart, Section, Table
+from harness.analysis.report.page import LONGEST, plain, render_page, write_page, write_sections_page
+from harness.analysis.report.run import render_json
+from harness.analysis.report.view import RunView, view_run
+from harness.analysis.rows import columns
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import summarise
 from harness.errors import ResultsError
 from harness.record.manifest import Replica, RunDir, read_manifest, write_manifest
 from harness.record.samples import SERVER_SCHEMA

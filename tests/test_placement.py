@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.catalogue.tiers import CATALOGUE, read_tiers
-from cluster.deploy.placement import (
+from harness.cluster.catalogue.tiers import CATALOGUE, read_tiers
+from harness.cluster.deploy.placement import (
     GIB,
     Node,
     bundles,

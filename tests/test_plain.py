@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from test_response import CHUNKED, DONE, END, chunk, delta, listed, text, usage
 
 from harness.record.results import Result
-from scenarios.client import reader as reading
-from scenarios.client.completion import Answer
-from scenarios.client.connection import Connection
-from scenarios.client.events import is_text
-from scenarios.client.fast_path import Shape, Template
-from scenarios.client.http1 import Response
-from scenarios.client.in_flight import InFlight
+from harness.scenarios.client import reader as reading
+from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.connection import Connection
+from harness.scenarios.client.events import is_text
+from harness.scenarios.client.fast_path import Shape, Template
+from harness.scenarios.client.http1 import Response
+from harness.scenarios.client.in_flight import InFlight
 
 PYTHON: Any = SimpleNamespace(
     Reader=reading.PythonReader,
@@ -282,9 +282,9 @@ class Wire:
         here, there = socket.socketpair()
         connection = Connection(owner, self.target)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("scenarios.client.connection.COMPILED", self.path.COMPILED)
-            patch.setattr("scenarios.client.in_flight.ReceiveBuffer", self.path.ReceiveBuffer)
-            patch.setattr("scenarios.client.fast_path.Pattern", self.path.Pattern)
+            patch.setattr("harness.scenarios.client.connection.COMPILED", self.path.COMPILED)
+            patch.setattr("harness.scenarios.client.in_flight.ReceiveBuffer", self.path.ReceiveBuffer)
+            patch.setattr("harness.scenarios.client.fast_path.Pattern", self.path.Pattern)
             feed = InFlight.feed
 
             def handed_on(stream: InFlight, data: bytes, stamp: int) -> None:

@@ -18,9 +18,9 @@ from test_worker import Worker, classes, run_patched, write_plan
 from harness.errors import PlanError
 from harness.record.run_spec import RunSpec
 from harness.record.samples import WORKER_SCHEMA, read_observations
-from scenarios import schedule as schedules
-from scenarios.plan_reader import Planned, PlanReader
-from scenarios.schedule import Schedule
+from harness.scenarios import schedule as schedules
+from harness.scenarios.plan_reader import Planned, PlanReader
+from harness.scenarios.schedule import Schedule
 
 SMALL = schedules._Ahead(ns=200_000_000, requests=5, bytes=10**6, least_ns=10_000_000, least=2, most_bytes=2 * 10**6)
 
@@ -213,7 +213,7 @@ def test_a_closed_loop_keeps_its_slots_full_and_its_sessions_in_order(
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 NARROW = (
-    "import scenarios.schedule as s, scenarios.dispatch as d\n"
+    "import harness.scenarios.schedule as s, harness.scenarios.dispatch as d\n"
     "s.AHEAD = s._Ahead(ns=100_000_000, requests=5, bytes=10**6, least_ns=10**7, least=2, most_bytes=2 * 10**6)", "",
 )  # fmt: skip
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import harness
 
-from cluster.catalogue.tiers import get_tier
-from cluster.deploy import placement
+from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.deploy import placement
 from harness.errors import HarnessError, UsageError
 
 TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from run_files import TIER, good, write_run
 
-from analysis.cost.cost import bill_usd, cost, usd_per_1m
-from analysis.cost.split import by_phase_time, by_ratio, token_mix
-from analysis.rows.read import read_run
-from analysis.stats.intervals import Quantity
-from analysis.summary import summarise
+from harness.analysis.cost.cost import bill_usd, cost, usd_per_1m
+from harness.analysis.cost.split import by_phase_time, by_ratio, token_mix
+from harness.analysis.rows.read import read_run
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.summary import summarise
 from harness.errors import UsageError
 
 # Qwen3-32B on two RTX PRO 6000 (vLLM 0.19, 300 requests): half a g7e.24xlarge at its list price.

@@ -22,9 +22,9 @@ from conftest import harness
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.catalogue import prices, tiers
-from cluster.catalogue.prices import RefusedError, ZonePrice, refresh, zone_prices
-from cluster.catalogue.tiers import CATALOGUE, get_tier, read_tiers, write_tiers
+from harness.cluster.catalogue import prices, tiers
+from harness.cluster.catalogue.prices import RefusedError, ZonePrice, refresh, zone_prices
+from harness.cluster.catalogue.tiers import CATALOGUE, get_tier, read_tiers, write_tiers
 from harness.errors import HarnessError, UsageError
 
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)

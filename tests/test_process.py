@@ -15,9 +15,9 @@ import psutil
 import pytest
 from conftest import ROOT, gone, wait_for
 
-from cluster.process import process
-from cluster.process.process import Cause, PortTakenError, Process, describe_exit, sweep, tail, wait_ready
-from cluster.process.registry import MARK, running
+from harness.cluster.process import process
+from harness.cluster.process.process import Cause, PortTakenError, Process, describe_exit, sweep, tail, wait_ready
+from harness.cluster.process.registry import MARK, running
 from harness.errors import HarnessError, ServerError
 
 # Prints its own pid and that of a grandchild in a session of its own; both ignore SIGTERM when asked to.
@@ -77,7 +77,7 @@ def test_a_nice_value_is_that_of_all_it_starts(more: int | None) -> None:
 
 def test_a_nice_value_that_may_not_be_had_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = "raise PermissionError"  # who is not root may not ask for less than it has
-    code = f"import os\ndef no(*a): {refused}\nos.setpriority = no\nfrom cluster.process import guard\n"
+    code = f"import os\ndef no(*a): {refused}\nos.setpriority = no\nfrom harness.cluster.process import guard\n"
     code += "guard.become(['echo', 'it runs'], cpus='-', nice='-5')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "it runs\n", done.stderr
@@ -129,7 +129,7 @@ def test_a_command_that_ends_takes_what_it_left_behind_with_it(tmp_path: Path) -
 def test_death_of_the_owner_ends_the_family(tmp_path: Path, number: signal.Signals) -> None:
     owner = textwrap.dedent(f"""
         import sys, time
-        from cluster.process.process import Process
+        from harness.cluster.process.process import Process
         p = Process.start([sys.executable, "-c", {FAMILY!r}], name="family", pipes=True)
         while not (lines := p.lines()): time.sleep(0.01)
         print(lines[0], flush=True)

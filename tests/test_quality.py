@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.quality.distributions import t_quantile, t_tail, wilson
-from analysis.quality.paired import (
+from harness.analysis.quality.distributions import t_quantile, t_tail, wilson
+from harness.analysis.quality.paired import (
     ALPHA,
     FEWEST_SESSIONS,
     Paired,
@@ -22,7 +22,7 @@ from analysis.quality.paired import (
     tango_interval,
     tango_score,
 )
-from analysis.quality.power import power, provable_margin, records_needed
+from harness.analysis.quality.power import power, provable_margin, records_needed
 from tests.lab.audit import CASES, Case, called_not_worse, compared, covered
 
 Z = NormalDist().inv_cdf(0.975)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.quality.bill import (
+from harness.analysis.quality.bill import (
     Attempts,
     CostedModel,
     Costs,
@@ -21,9 +21,9 @@ from analysis.quality.bill import (
     by_record,
     serve,
 )
-from analysis.quality.estimate import Bounded, mean, quotient, ratio
-from analysis.quality.estimate import given as stated
-from analysis.quality.retries import all_fail, likeness, tries
+from harness.analysis.quality.estimate import Bounded, mean, quotient, ratio
+from harness.analysis.quality.estimate import given as stated
+from harness.analysis.quality.retries import all_fail, likeness, tries
 
 NAN = math.nan
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.quality.judging import JudgeTrust, Labelled, corrected, kappa, trust
+from harness.analysis.quality.judging import JudgeTrust, Labelled, corrected, kappa, trust
 
 MARGIN = 0.05
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.quality.slices import RecordFacts, depth_slope, slices
+from harness.analysis.quality.slices import RecordFacts, depth_slope, slices
 
 N = 1000
 FACTS = RecordFacts(

@@ -10,12 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.quality.cascade import cascade, halves
-from analysis.quality.claims import results_for_cost, times_cheaper, usual_claims
-from analysis.quality.estimate import Bounded, mean, quotient, ratio
-from analysis.quality.estimate import given as stated
-from analysis.quality.paired import Paired, paired
-from analysis.quality.verdict import SWITCHES, AuditVerdict, CandidateModel, GradedRecords, Slice, decide, settled
+from harness.analysis.quality.cascade import cascade, halves
+from harness.analysis.quality.claims import results_for_cost, times_cheaper, usual_claims
+from harness.analysis.quality.estimate import Bounded, mean, quotient, ratio
+from harness.analysis.quality.estimate import given as stated
+from harness.analysis.quality.paired import Paired, paired
+from harness.analysis.quality.verdict import (
+    SWITCHES,
+    AuditVerdict,
+    CandidateModel,
+    GradedRecords,
+    Slice,
+    decide,
+    settled,
+)
 
 MARGIN = 0.05
 CHEAP, DEAR, OPEN = Bounded(0.6, 0.5, 0.7), Bounded(1.3, 1.1, 1.5), Bounded(0.95, 0.8, 1.1)
@@ -102,7 +110,7 @@ def test_what_is_open_is_named() -> None:
 
 def test_too_few_records_say_how_many_are_needed_within_a_fifth() -> None:
     """Truth: equal, 6 % of pairs differ, sessions of one. Asked of 20 pilots, for a margin of 2 points."""
-    from analysis.quality.power import records_needed
+    from harness.analysis.quality.power import records_needed
 
     true = records_needed(0.06, 0.02)
     asked = []

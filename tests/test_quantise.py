@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cluster.catalogue.models import get_model
-from cluster.catalogue.quantise import CALIBRATION_TEXTS, RECIPE, read_quantised
-from cluster.catalogue.rounding import round_weights
 from harness.audit.records import prompt_sha256, read_records, without_seen
 from harness.cli import cli
+from harness.cluster.catalogue.models import get_model
+from harness.cluster.catalogue.quantise import CALIBRATION_TEXTS, RECIPE, read_quantised
+from harness.cluster.catalogue.rounding import round_weights
 from harness.options import PlanOptions
 from harness.trace.io import open_asked
 

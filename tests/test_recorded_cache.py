@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from rich.console import Console
 from run_files import good, write_run
 
-from analysis.report.page import render_page
-from analysis.report.run import render_json, render_markdown, render_text
-from analysis.report.view import view_run
-from analysis.rows.read import read_run
-from analysis.summary import Summary, summarise
+from harness.analysis.report.page import render_page
+from harness.analysis.report.run import render_json, render_markdown, render_text
+from harness.analysis.report.view import view_run
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import Summary, summarise
 from harness.cli.trace import trace as verbs
 from harness.record.manifest import Replica
 from harness.trace.io import open_trace

@@ -18,9 +18,9 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT, gone, wait_for
 
-from cluster.process.process import Process, registry
-from cluster.process.registry import Entry, Identity, end, identify, name_orphans, running, work_folder
 from harness.cli import machines as verbs
+from harness.cluster.process.process import Process, registry
+from harness.cluster.process.registry import Entry, Identity, end, identify, name_orphans, running, work_folder
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_a_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path, mon
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = textwrap.dedent(f"""
         import tempfile, time
-        from cluster.process.registry import work_folder
+        from harness.cluster.process.registry import work_folder
         tempfile.tempdir = {str(tmp_path)!r}
         folder = work_folder()
         (folder / "plan.arrow").write_bytes(b"x")
@@ -106,7 +106,7 @@ def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
 def test_orphans_of_a_killed_owner_and_a_killed_guard_are_named_and_ended_when_asked_for(tmp_path: Path) -> None:
     owner = textwrap.dedent("""
         import sys, time
-        from cluster.process.process import Process
+        from harness.cluster.process.process import Process
         code = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); time.sleep(600)"
         p = Process.start([sys.executable, "-c", code], name="replica 7")
         time.sleep(600)

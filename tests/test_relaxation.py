@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from run_files import good, write_run
 
-from analysis import metrics
-from analysis.rates import queue_of
-from analysis.rows.read import read_run
-from analysis.stats.autocorrelation import Z
-from analysis.stats.intervals import distribution, share
-from analysis.stats.relaxation import ClosedLoop, Relaxation, bursts_seen, integrated_time, relaxation_s
-from analysis.summary import summarise
+from harness.analysis import metrics
+from harness.analysis.rates import queue_of
+from harness.analysis.rows.read import read_run
+from harness.analysis.stats.autocorrelation import Z
+from harness.analysis.stats.intervals import distribution, share
+from harness.analysis.stats.relaxation import ClosedLoop, Relaxation, bursts_seen, integrated_time, relaxation_s
+from harness.analysis.summary import summarise
 from harness.record.results import Result
 from tests.lab import closed, longer
 from tests.lab.intervals import Cell, held, known_truths, long_run, one_run, queue_and_figures

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from run_files import SPEC, S, good, write_run
 
-from analysis.capacity.serving_config import serving_configs
-from analysis.capacity.system import plan_of
-from analysis.rows.read import read_run
-from analysis.stats.intervals import Quantity
-from analysis.stats.replicates import over_replicates
-from analysis.summary import summarise
+from harness.analysis.capacity.serving_config import serving_configs
+from harness.analysis.capacity.system import plan_of
+from harness.analysis.rows.read import read_run
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.stats.replicates import over_replicates
+from harness.analysis.summary import summarise
 from harness.record.manifest import RunDir, read_manifest, write_manifest
 from harness.trace.stats import arrival_stats
 from tests.lab import repeats as study

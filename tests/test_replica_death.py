@@ -49,7 +49,9 @@ def driver(tmp_path: Path) -> Iterator[Any]:
             return any(read_results(f).num_rows for f in tmp_path.glob("runs/*/results-0.arrows") if f.stat().st_size)
 
         wait_for(rows, 200, "rows")
-        servers = [p for p in descendants(process.pid) if p.cmdline()[1:3] == ["-m", "cluster.engines.fake.server"]]
+        servers = [
+            p for p in descendants(process.pid) if p.cmdline()[1:3] == ["-m", "harness.cluster.engines.fake.server"]
+        ]
         assert len(servers) == 2
         servers[0].kill()
         killed = time.monotonic()

@@ -12,16 +12,16 @@ import pytest
 from rich.console import Console
 from run_files import SPEC, TIER, bad, good, write_run
 
-from analysis import metrics
-from analysis.cost.cost import Cost, Split
-from analysis.metrics import Counts, Tokens, Window
-from analysis.rates import Slo
-from analysis.report.figures import hourly, value
-from analysis.report.run import render_json, render_markdown, render_text
-from analysis.rows.read import read_run
-from analysis.stats.intervals import Quantity
-from analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summarise
-from analysis.validity.checks import Check
+from harness.analysis import metrics
+from harness.analysis.cost.cost import Cost, Split
+from harness.analysis.metrics import Counts, Tokens, Window
+from harness.analysis.rates import Slo
+from harness.analysis.report.figures import hourly, value
+from harness.analysis.report.run import render_json, render_markdown, render_text
+from harness.analysis.rows.read import read_run
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.summary import ErrorCount, Metrics, Rates, Server, Summary, summarise
+from harness.analysis.validity.checks import Check
 from harness.cli.select_runs import find_runs
 from harness.errors import ResultsError
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, harness
 
-from cluster.deploy.servers import Failed, Reserved, ServersActor
-from cluster.engines.protocol import CommandEngine
-from cluster.process import registry
+from harness.cluster.deploy.servers import Failed, Reserved, ServersActor
+from harness.cluster.engines.protocol import CommandEngine
+from harness.cluster.process import registry
 from harness.errors import ServerError
 
 ENGINE = CommandEngine(name="fake", served_model="fake", argv=("sleep", "600"))
@@ -28,7 +28,7 @@ def other_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     code = """
 import json, sys
 from pathlib import Path
-from cluster.process import registry
+from harness.cluster.process import registry
 for line in sys.stdin:
     with registry.exclusively():
         print(registry.reserve("replica 0", Path("/runs/first"), **json.loads(line)), flush=True)
@@ -105,7 +105,7 @@ def test_a_ray_of_our_own_does_not_see_accelerators_that_are_held(
     tmp_path: Path, other_run: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray")
-    from cluster.deploy.ray_session import free_gpus
+    from harness.cluster.deploy.ray_session import free_gpus
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "gpus").mkdir()
@@ -163,7 +163,7 @@ def test_a_state_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, mon
 
 
 def test_ps_shows_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster.process.process import Process
+    from harness.cluster.process.process import Process
 
     with Process.start(["sleep", "60"], name="replica 0", log=tmp_path / "server-0.log") as process:
         with registry.exclusively():

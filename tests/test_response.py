@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.record.results import ERRORS, Result
-from scenarios.client.completion import clean
-from scenarios.client.fast_path import Template
-from scenarios.client.http1 import EVENT_LIMIT, Response
+from harness.scenarios.client.completion import clean
+from harness.scenarios.client.fast_path import Template
+from harness.scenarios.client.http1 import EVENT_LIMIT, Response
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"

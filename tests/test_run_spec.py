@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cluster.deploy.load_workers import worker_spec
 from harness.cli import replay
 from harness.cli.verb import Verb
+from harness.cluster.deploy.load_workers import worker_spec
 from harness.record.manifest import RunDir
 from harness.record.run_spec import DEFAULTS, RunSpec, WorkerSpec
 
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCUST = """
 import sys
 from locust import argument_parser
-from scenarios import locust_user as user
-from scenarios.client.client import Client
+from harness.scenarios import locust_user as user
+from harness.scenarios.client.client import Client
 user.run_as_locustfile(timed=True)
 options = argument_parser.parse_options(["--plan", "p", "--host", "http://127.0.0.1:1"])
 spec = user.asked(options, options.host, timed=True)

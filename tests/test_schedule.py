@@ -17,8 +17,8 @@ from harness.cli import main
 from harness.plan.file import iter_requests
 from harness.record.manifest import RunDir, read_manifest
 from harness.record.results import read_results
-from scenarios.dispatch import slot_starts
-from scenarios.plan_reader import Planned
+from harness.scenarios.dispatch import slot_starts
+from harness.scenarios.plan_reader import Planned
 
 S = 1_000_000_000
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from cluster.simulator.scheduler import VLLM
+from harness.cluster.simulator.scheduler import VLLM
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: pip install -e .[cpu]")

@@ -15,8 +15,8 @@ from conftest import harness
 from harness.errors import UsageError
 from harness.record.manifest import create_run_dir
 from harness.record.results import read_results
+from harness.scenarios.client.completion import clean
 from harness.server.access import from_environment, parse_header_env, parse_headers
-from scenarios.client.completion import clean
 
 VALUE = "tenant-7-very-secret"
 TRACE = '{"arrival_s": 0, "output_tokens": 2, "messages": [{"role": "user", "content": "a b"}]}\n'

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from run_files import SPEC, bad, good, write_run
 
-from analysis.rows.read import read_run
-from analysis.summary import summarise
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import summarise
 
 PLANNED = 24
 

@@ -15,16 +15,16 @@ from rich.console import Console
 from test_client import Run, Server, request, spec_of
 from test_question import OK, server
 
-from cluster.deploy.load_workers import LoadWorkers, _Progress, _State
 from harness.cli.runner.steps import StopRequest, watch
 from harness.cli.runner.targets import Servers
+from harness.cluster.deploy.load_workers import LoadWorkers, _Progress, _State
 from harness.console import LoadProgress
 from harness.errors import ServerError
 from harness.record.manifest import RunDir
+from harness.scenarios.plan_reader import prepare
 from harness.server import probe
 from harness.server.access import Access, Patience
 from harness.server.probe import ASK_AFTER_S, ASK_AGAIN_S, SILENT_S, Silence
-from scenarios.plan_reader import prepare
 
 
 class Book:
@@ -167,7 +167,7 @@ def test_what_several_workers_heard_is_put_together() -> None:
 
 
 def test_the_client_knows_how_long_a_server_has_sent_nothing(monkeypatch) -> None:
-    monkeypatch.setattr("scenarios.client.client._QUIET_NS", 50_000_000)
+    monkeypatch.setattr("harness.scenarios.client.client._QUIET_NS", 50_000_000)
     go_on, over = threading.Event(), threading.Event()
 
     def talk(connection, nth):

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cluster.catalogue.models import get_model
-from cluster.catalogue.tiers import get_tier
-from cluster.engines.simulated import SimulatedServer, changed, simulated_engine
-from cluster.simulator.replica import Workload, simulate
-from cluster.simulator.scheduler import VLLM, Limits
-from cluster.simulator.step_time import LinearStep
 from harness.cli import cli
 from harness.cli.runner.targets import SimulatedTarget, Target, choose_target
+from harness.cluster.catalogue.models import get_model
+from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.engines.simulated import SimulatedServer, changed, simulated_engine
+from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.scheduler import VLLM, Limits
+from harness.cluster.simulator.step_time import LinearStep
 from harness.errors import UsageError
 from harness.options import ReplayOptions, ServeOptions
 from harness.record.manifest import read_manifest

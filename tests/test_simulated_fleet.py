@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from analysis.capacity.fitted_engine import (
+from harness.analysis.capacity.fitted_engine import (
     FittedEngine,
     NotFittedError,
     Requests,
@@ -18,8 +18,8 @@ from analysis.capacity.fitted_engine import (
     observe,
     within,
 )
-from analysis.capacity.fleet import Schedule
-from analysis.capacity.simulated_fleet import (
+from harness.analysis.capacity.fleet import Schedule
+from harness.analysis.capacity.simulated_fleet import (
     FEWEST,
     MOST_STEPS,
     _affordable,
@@ -30,14 +30,14 @@ from analysis.capacity.simulated_fleet import (
     size_fleet,
     steps_of,
 )
-from analysis.capacity.simulated_fleet import MOST_SCALED_STEPS as MOST_FOLLOWED
-from analysis.capacity.simulated_fleet import follow as follow_demand
-from analysis.report.fleet import WITHIN
-from analysis.rows.read import read_run
-from cluster.simulator.replica import Workload, simulate
-from cluster.simulator.scheduler import Limits
+from harness.analysis.capacity.simulated_fleet import MOST_SCALED_STEPS as MOST_FOLLOWED
+from harness.analysis.capacity.simulated_fleet import follow as follow_demand
+from harness.analysis.report.fleet import WITHIN
+from harness.analysis.rows.read import read_run
 from harness.cli.plan_fleet import plan_fleet as plan_fleet_verb
 from harness.cli.plan_fleet import simulated_engine
+from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.scheduler import Limits
 from harness.slo import Criterion, criteria
 from tests.lab.fleet import SLO, Case, follow, judge, measured_runs, priced, serve, workload, write_rows
 from tests.lab.processes import STEP

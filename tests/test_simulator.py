@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.simulator.blocks import KVCache, block_keys
-from cluster.simulator.replica import Outcomes, SimulatedReplica, Workload, _Fleet, simulate
-from cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from cluster.simulator.step_time import Chunk, LinearStep, NoisyStep, PaddedStep, StepTime
-from cluster.simulator.vllm_limits import graph_sizes
+from harness.cluster.simulator.blocks import KVCache, block_keys
+from harness.cluster.simulator.replica import Outcomes, SimulatedReplica, Workload, _Fleet, simulate
+from harness.cluster.simulator.scheduler import Limits, Scheduler, Sequence
+from harness.cluster.simulator.step_time import Chunk, LinearStep, NoisyStep, PaddedStep, StepTime
+from harness.cluster.simulator.vllm_limits import graph_sizes
 from tests.simulator_cases import digest
 
 STEP = LinearStep(base_s=0.020, per_sequence_s=0.0015, per_prompt_token_s=0.00002)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import MS, bad, good, write_run
 
-from analysis.rows.read import read_run
-from analysis.summary import Summary, summarise
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import Summary, summarise
 from harness.errors import UsageError
 from harness.option_types import SHARE, SLO
 from harness.slo import check_slo, criteria, metrics_of, split_key, strictest
@@ -104,7 +104,7 @@ def test_the_longest_pause_can_be_promised(tmp_path: Path) -> None:
 def test_a_percentile_is_met_exactly_when_enough_of_the_sorted_sample_lies_within(times, limit, percent) -> None:
     import numpy as np
 
-    from analysis.capacity.probes import limit_used
+    from harness.analysis.capacity.probes import limit_used
 
     class Rows:
         success = np.ones(len(times), dtype=bool)

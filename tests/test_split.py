@@ -14,8 +14,8 @@ from golden import deepseek, qwen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.cost.cost import bill_usd
-from analysis.cost.split import (
+from harness.analysis.cost.cost import bill_usd
+from harness.analysis.cost.split import (
     Samples,
     busy_rows,
     by_fit,
@@ -27,7 +27,7 @@ from analysis.cost.split import (
     split_bill,
     token_mix,
 )
-from analysis.stats.nonnegative import fit_non_negative
+from harness.analysis.stats.nonnegative import fit_non_negative
 
 USD = 10.0
 USAGE = token_mix(8e6, None, 2e6)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from run_files import MS, S, good, write_processor, write_run
 
-from analysis.check import Check
-from analysis.rows.read import read_run
-from analysis.summary import Summary, summarise
-from analysis.validity.servers import OWN_WAIT, STARVED_BOUND
-from cluster.deploy.servers import ReplicaOwner, Started
-from cluster.engines.protocol import CommandEngine, Part
-from cluster.process import cpu_times as schedstat
-from cluster.process.cpu_times import CpuTimesSampler, HostTimes, Meter, Times, read_threads
+from harness.analysis.check import Check
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import Summary, summarise
+from harness.analysis.validity.servers import OWN_WAIT, STARVED_BOUND
+from harness.cluster.deploy.servers import ReplicaOwner, Started
+from harness.cluster.engines.protocol import CommandEngine, Part
+from harness.cluster.process import cpu_times as schedstat
+from harness.cluster.process.cpu_times import CpuTimesSampler, HostTimes, Meter, Times, read_threads
 from harness.errors import ResultsError
 from harness.record.manifest import Replica, RunDir
 from harness.record.samples import ProcessorSecond, ProcessorSeconds, read_server_processor

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from golden import qwen
 
-from analysis.cost.cost import bill_usd, usd_per_1m
-from analysis.stats.intervals import rate
-from analysis.steady import LARGEST_DRIFT, Steady, _drift, steady_rate, steady_window
+from harness.analysis.cost.cost import bill_usd, usd_per_1m
+from harness.analysis.stats.intervals import rate
+from harness.analysis.steady import LARGEST_DRIFT, Steady, _drift, steady_rate, steady_window
 
 BINS = 200
 

@@ -446,7 +446,7 @@ def test_names_from_the_store_stay_in_the_folder(name: str) -> None:
 
 
 def test_runs_and_plans_come_back_as_they_went(s3_env: str, tmp_path: Path) -> None:
-    from analysis.rows.read import read_run
+    from harness.analysis.rows.read import read_run
 
     run = write_run(tmp_path / "20261121T000000Z-x", [good(i) for i in range(3)])
     with mirrored(s3_env, run):

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from run_files import good, write_run
 
-from analysis.rows.read import read_run
-from cluster.catalogue.tiers import read_tiers
+from harness.analysis.rows.read import read_run
 from harness.cli import cli
+from harness.cluster.catalogue.tiers import read_tiers
 from harness.errors import HarnessError, ResultsError, TraceError, UsageError
 from harness.record.manifest import read_manifest
 from harness.server import probe
@@ -104,7 +104,7 @@ def test_a_folder_of_runs_survives_its_bad_ones(tmp_path: Path, monkeypatch) -> 
             raise KeyError("a fault of ours")
         return real(path)
 
-    monkeypatch.setattr("analysis.rows.read.read_run", reads)
+    monkeypatch.setattr("harness.analysis.rows.read.read_run", reads)
     monkeypatch.setattr("webbrowser.open", lambda url: None)
     done = CliRunner().invoke(cli, ["open", str(tmp_path)], standalone_mode=False)
     assert done.exception is None and "m on test.large" in Path(done.stdout.strip()).read_text()

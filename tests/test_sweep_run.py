@@ -21,12 +21,12 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import ROOT, StartServer, descendants, gone, harness, wait_for
 
-from cluster.deploy import load_workers as load
 from harness.cli.results import compare
 from harness.cli.runner import sweep as sweep_run
 from harness.cli.runner.targets import Servers, UrlTarget
 from harness.cli.select_runs import sides_of_sweep
 from harness.cli.sweep import sweep
+from harness.cluster.deploy import load_workers as load
 from harness.errors import HarnessError, ResultsError, ServerError, UsageError
 from harness.plan.file import plan_sha256, read_plan_columns
 from harness.record.manifest import Restart, RunDir, RunManifest, read_manifest
@@ -38,8 +38,8 @@ LEAD_S = 0.2
 """Load starts this long after the order, not a second: tiny points on one machine."""
 
 COMMAND = f"""
-import cluster.deploy.load_workers
-cluster.deploy.load_workers.LEAD_S = {LEAD_S}
+import harness.cluster.deploy.load_workers
+harness.cluster.deploy.load_workers.LEAD_S = {LEAD_S}
 from harness.cli import cli, main
 from harness.cli.results import compare
 from harness.cli.sweep import sweep

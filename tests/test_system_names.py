@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from run_files import SPEC, TIER, good, write_run
 
-from analysis.capacity.serving_config import serving_configs
-from analysis.capacity.system import hardware_of, system_of
-from analysis.compare.comparable import differences, refusals
-from analysis.report import run as report
-from analysis.report.compared import compare_runs
-from analysis.report.view import view_run
-from analysis.rows.read import read_run
-from analysis.summary import summarise
+from harness.analysis.capacity.serving_config import serving_configs
+from harness.analysis.capacity.system import hardware_of, system_of
+from harness.analysis.compare.comparable import differences, refusals
+from harness.analysis.report import run as report
+from harness.analysis.report.compared import compare_runs
+from harness.analysis.report.view import view_run
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import summarise
 
 
 def found(path, port=1, label=None, engine="url", tier=TIER):

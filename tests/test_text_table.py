@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_capacity import sweep_run
 
-from analysis.capacity.serving_config import serving_configs
-from analysis.report.capacity_text import capacity_sections
-from analysis.report.document import render_text
+from harness.analysis.capacity.serving_config import serving_configs
+from harness.analysis.report.capacity_text import capacity_sections
+from harness.analysis.report.document import render_text
 from harness.console import LONGEST_WORD, text_tables
 
 WORDS = st.lists(st.text("abcxyz0123456789.,%", min_size=1, max_size=LONGEST_WORD), min_size=1, max_size=6)

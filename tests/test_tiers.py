@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.catalogue.tiers import (
+from harness.cluster.catalogue.tiers import (
     CATALOGUE,
     DEFAULT_TIER,
     full_note,

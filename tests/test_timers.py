@@ -10,7 +10,7 @@ import gevent
 import gevent.monkey
 import pytest
 
-from scenarios.client.timers import Ticker
+from harness.scenarios.client.timers import Ticker
 
 MS = 1_000_000
 hold_up = gevent.monkey.get_original("time", "sleep")
@@ -24,7 +24,7 @@ def fds() -> int:
 def ticker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ticker]:
     """Makes tickers, with and without a timerfd; their descriptors are given back."""
     if not request.param:
-        monkeypatch.setattr("scenarios.client.timers._libc", object())
+        monkeypatch.setattr("harness.scenarios.client.timers._libc", object())
     made: list[Ticker] = []
 
     def make(call: Callable[[], object]) -> Ticker:

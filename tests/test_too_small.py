@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from analysis.capacity.serving_config import serving_configs
-from analysis.rows.read import read_run
-from analysis.summary import Summary, exit_code, summarise
+from harness.analysis.capacity.serving_config import serving_configs
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import Summary, exit_code, summarise
 from harness.cli.results import exit_of
 from harness.cli.select_runs import refused_exit
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID

@@ -15,13 +15,13 @@ from run_files import SPEC, good, write_run
 from test_completion import completion, delta
 from test_prompts import byte_level
 
-from analysis.rows.read import read_run
-from analysis.summary import summarise
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import summarise
 from harness.plan.tokenizers import _FastTokenizer as FastTokenizer
 from harness.record.answers import Said, count_answers, count_prompts, take_said, write_said
 from harness.record.manifest import RunDir, read_manifest, write_manifest
-from scenarios.client.completion import Answer
-from scenarios.client.in_flight import Sampler
+from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.in_flight import Sampler
 
 WORDS = ["load", " of", " the", " server", ",", " answers", ".", "\n", " 7", " un", "known", " It", "'s"]
 ANSWERS = 40

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from run_files import MS, QUIET, SPEC, TIER, S, bad, good, said, watch, write_run
 
-from analysis import metrics
-from analysis.rows import read as load
-from analysis.rows.read import read_run
-from analysis.summary import summarise
+from harness.analysis import metrics
+from harness.analysis.rows import read as load
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import summarise
 from harness.record.answers import CountedPrompt
 from harness.record.host import Host
 from harness.record.manifest import Replica, Restart, RunDir, Worker, read_manifest, write_manifest

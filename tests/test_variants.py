@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from run_files import bad, good, write_run
 
-from analysis.compare.variants import (
+from harness.analysis.compare.variants import (
     PERCENTILES,
     VARIANTS,
     by_weight,
@@ -18,7 +18,7 @@ from analysis.compare.variants import (
     variant,
     variant_of,
 )
-from analysis.rows.read import read_run
+from harness.analysis.rows.read import read_run
 from harness.errors import UsageError
 
 METRICS_MD = (Path(__file__).resolve().parent.parent / "analysis" / "METRICS.md").read_text()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.catalogue.models import (
+from harness.cluster.catalogue.models import (
     Model,
     OnTier,
     architecture,
@@ -30,11 +30,11 @@ from cluster.catalogue.models import (
     tensor_parallel_sizes,
     weight_bytes,
 )
-from cluster.catalogue.number_formats import QUANTIZATIONS
-from cluster.catalogue.tiers import CATALOGUE, read_tiers
-from cluster.catalogue.weights import ensure_weights, weights_facts
-from cluster.engines.protocol import Part
-from cluster.engines.vllm import (
+from harness.cluster.catalogue.number_formats import QUANTIZATIONS
+from harness.cluster.catalogue.tiers import CATALOGUE, read_tiers
+from harness.cluster.catalogue.weights import ensure_weights, weights_facts
+from harness.cluster.engines.protocol import Part
+from harness.cluster.engines.vllm import (
     VllmEngine,
     check_fit,
     engine_args,

@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 from run_files import SPEC, good, write_run
 
-from analysis.capacity.serving_config import serving_configs
-from analysis.compare.comparable import refusals
-from analysis.rows.read import read_run
-from analysis.summary import Summary, summarise
 from harness import state_dir
+from harness.analysis.capacity.serving_config import serving_configs
+from harness.analysis.compare.comparable import refusals
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import Summary, summarise
 from harness.cli.runner.seen import note_sent, seen_before
 from harness.record.manifest import RunDir, read_manifest, write_manifest
 

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import wait_for
 
-from cluster.catalogue import weights
-from cluster.catalogue.models import Model, Wheel, get_model
-from cluster.catalogue.rounding import round_weights
-from cluster.catalogue.weights import MANIFEST, check_weights, ensure_weights, sha256, weights_facts
+from harness.cluster.catalogue import weights
+from harness.cluster.catalogue.models import Model, Wheel, get_model
+from harness.cluster.catalogue.rounding import round_weights
+from harness.cluster.catalogue.weights import MANIFEST, check_weights, ensure_weights, sha256, weights_facts
 from harness.errors import ServerError
 
 PARTS = [b"GGUF first half", b" second half"]

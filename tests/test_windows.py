@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.fidelity.inputs import Fidelity, Plan
-from analysis.fidelity.planned import mean_lengths, planned_against_source, rate_and_shape
+from harness.analysis.fidelity.inputs import Fidelity, Plan
+from harness.analysis.fidelity.planned import mean_lengths, planned_against_source, rate_and_shape
 from harness.errors import UsageError
 from harness.options import PlanOptions
 from harness.plan.build import build_plan

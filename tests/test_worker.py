@@ -20,8 +20,8 @@ from harness.errors import ResultsError
 from harness.plan.file import INFO_KEY, SCHEMA, SCHEMA_VERSION, PlanInfo
 from harness.record.results import read_results
 from harness.record.samples import read_observations
-from scenarios.plan_reader import Planned
-from scenarios.schedule import Schedule
+from harness.scenarios.plan_reader import Planned
+from harness.scenarios.schedule import Schedule
 
 
 def write_plan(path, n=40, gap_s=0.02, tokens=5, timed=True, **columns):
@@ -53,7 +53,7 @@ class Worker:
         file = folder / f"spec-{worker}.json"
         file.write_text(json.dumps(spec))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "scenarios.worker", str(file)], cwd=ROOT, env=env,
+            [sys.executable, "-m", "harness.scenarios.worker", str(file)], cwd=ROOT, env=env,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -529,7 +529,7 @@ def run_patched(tmp_path, url, plan, code, **spec):
     results = tmp_path / "rows.arrows"
     file.write_text(json.dumps({"worker": 0, "workers": 1, "plan": str(plan), "results": str(results), "mode": "closed",
                                 "base_urls": [url], "model": "fake", "concurrency": 8, **spec}))  # fmt: skip
-    modules = "scenarios.worker as w, scenarios.client.in_flight as l"
+    modules = "harness.scenarios.worker as w, harness.scenarios.client.in_flight as l"
     program = f"import sys, gc, {modules}\n{code[0]}\nw.main(sys.argv[1:])\n{code[1]}"
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(file)], cwd=ROOT, text=True,
@@ -578,7 +578,7 @@ def test_a_run_makes_no_garbage_that_only_the_collector_could_free(fake_server: 
 def test_a_worker_imports_nothing_it_has_no_use_for() -> None:
     """They were a third of its start; what Locust was given in their place is gone when somebody wants the real one."""
     code = """import sys
-    import scenarios.worker
+    import harness.scenarios.worker
     print(*sorted({'requests', 'urllib3', 'flask', 'zmq', 'pyarrow.compute', 'ssl', 'boto3', 'ray'} & {*sys.modules}))
     import requests
     print(requests.get)""".replace("\n    ", "\n")

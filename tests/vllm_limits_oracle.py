@@ -12,8 +12,8 @@ from vllm.engine import arg_utils
 from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
 
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.vllm_limits import GIB, cpu_limits, gpu_limits, graph_sizes
+from harness.cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.vllm_limits import GIB, cpu_limits, gpu_limits, graph_sizes
 
 DEVICES = {
     "NVIDIA A10G": 24, "NVIDIA L4": 24, "NVIDIA L40S": 48, "NVIDIA A100-SXM4-40GB": 40, "NVIDIA A100-SXM4-80GB": 80,

@@ -37,10 +37,10 @@ from vllm.v1.request import Request as VllmRequest
 from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from cluster.simulator import scheduler as ours
-from cluster.simulator.blocks import block_keys
-from cluster.simulator.replica import Workload, simulate
-from cluster.simulator.step_time import Chunk, LinearStep
+from harness.cluster.simulator import scheduler as ours
+from harness.cluster.simulator.blocks import block_keys
+from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.step_time import Chunk, LinearStep
 from tests.vllm_limits_oracle import limits_differ
 
 STEP = LinearStep(0.010, 0.001, 0.0001, 0.0000001)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from analysis.arrays import Bools, Floats
-from analysis.quality.bill import (
+from harness.analysis.arrays import Bools, Floats
+from harness.analysis.quality.bill import (
     Attempts,
     CostedModel,
     Costs,
@@ -19,10 +19,10 @@ from analysis.quality.bill import (
     Stated,
     serve_each,
 )
-from analysis.quality.cascade import Cascade, cascade
-from analysis.quality.judging import JudgeTrust
-from analysis.quality.slices import RecordFacts, slices
-from analysis.quality.verdict import MATTERS, Evidence
+from harness.analysis.quality.cascade import Cascade, cascade
+from harness.analysis.quality.judging import JudgeTrust
+from harness.analysis.quality.slices import RecordFacts, slices
+from harness.analysis.quality.verdict import MATTERS, Evidence
 from harness.slo import criteria
 
 

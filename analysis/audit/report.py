@@ -9,16 +9,16 @@ from functools import partial
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.audit.model import MeasuredModel, Side, cascade_of, column, costs_of, failed, side_of, slo_of
-from analysis.quality.bill import BreakEven, Costs, Policy, Rented, Stated, bill, break_even, by_record
-from analysis.quality.cascade import Cascade
-from analysis.quality.claims import Claim, stays_cheaper, usual_claims
-from analysis.quality.estimate import Bounded, given, mean, ratio
-from analysis.quality.judging import JudgeTrust, corrected
-from analysis.quality.paired import ALPHA, Paired, like_another_run, paired
-from analysis.quality.slices import RecordFacts, depth_slope, slices
-from analysis.quality.verdict import AuditVerdict, CandidateModel, GradedRecords, Word, decide, settled
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.audit.model import MeasuredModel, Side, cascade_of, column, costs_of, failed, side_of, slo_of
+from harness.analysis.quality.bill import BreakEven, Costs, Policy, Rented, Stated, bill, break_even, by_record
+from harness.analysis.quality.cascade import Cascade
+from harness.analysis.quality.claims import Claim, stays_cheaper, usual_claims
+from harness.analysis.quality.estimate import Bounded, given, mean, ratio
+from harness.analysis.quality.judging import JudgeTrust, corrected
+from harness.analysis.quality.paired import ALPHA, Paired, like_another_run, paired
+from harness.analysis.quality.slices import RecordFacts, depth_slope, slices
+from harness.analysis.quality.verdict import AuditVerdict, CandidateModel, GradedRecords, Word, decide, settled
 
 SCHEMA = "harness.audit/1"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
+from harness.analysis.arrays import Floats, Ints
 
 GRID = np.geomspace(0.02, 1.15, 500)
 """Rates at which the backlog of the trace is known, as shares of the pace."""

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.capacity.backlog import Curve, Demand
-from analysis.stats.autocorrelation import student_t
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.capacity.backlog import Curve, Demand
+from harness.analysis.stats.autocorrelation import student_t
 
 PROMPT_WEIGHTS = (0.0, 0.005, 0.02, 0.08)
 """Work of a prompt token in output tokens; the one that explains the probes best is taken."""

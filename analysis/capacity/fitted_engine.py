@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from analysis import metrics
-from analysis.arrays import Bools, Floats, Ints
-from analysis.rows.run import Run
-from analysis.stats.nonnegative import solve_non_negative
+from harness.analysis import metrics
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.rows.run import Run
+from harness.analysis.stats.nonnegative import solve_non_negative
 from harness.slo import Criterion
 
 FEWEST_REQUESTS = 100

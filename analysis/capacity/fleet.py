@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
-from analysis.cost.cost import HOURS_PER_MONTH, HOURS_PER_YEAR
+from harness.analysis.arrays import Floats, Ints
+from harness.analysis.cost.cost import HOURS_PER_MONTH, HOURS_PER_YEAR
 
 MINUTE_S = 60.0
 MOST_SPARES = 1_000_000

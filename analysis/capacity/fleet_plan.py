@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Literal, Protocol
 
-from analysis.capacity.fitted_engine import FittedEngine, NotFittedError
-from analysis.capacity.fleet import (
+from harness.analysis.capacity.fitted_engine import FittedEngine, NotFittedError
+from harness.analysis.capacity.fleet import (
     HOLD_MINUTES,
     Autoscaled,
     Fleet,
@@ -23,11 +23,11 @@ from analysis.capacity.fleet import (
     schedule,
     share_or_none,
 )
-from analysis.capacity.serving_config import ServingConfig, drain_words
-from analysis.capacity.simulated_fleet import SimulatedFleet
-from analysis.cost.cost import HOURS_PER_MONTH, usd_per_1m
-from analysis.price_age import OLD_DAYS, is_old
-from analysis.stats.intervals import Evidence, Quantity
+from harness.analysis.capacity.serving_config import ServingConfig, drain_words
+from harness.analysis.capacity.simulated_fleet import SimulatedFleet
+from harness.analysis.cost.cost import HOURS_PER_MONTH, usd_per_1m
+from harness.analysis.price_age import OLD_DAYS, is_old
+from harness.analysis.stats.intervals import Evidence, Quantity
 from harness.slo import percent
 
 SCHEMA = "harness.fleet/1"

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from analysis import metrics
-from analysis.arrays import Bools, Floats, Ints
-from analysis.capacity.backlog import Demand, Worked
-from analysis.capacity.crossing import Evidence
-from analysis.fidelity.inputs import measured_reuse
-from analysis.rows.read import Rows, Run
-from analysis.stats.intervals import samples_needed
-from analysis.steady import only_grew
+from harness.analysis import metrics
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.capacity.backlog import Demand, Worked
+from harness.analysis.capacity.crossing import Evidence
+from harness.analysis.fidelity.inputs import measured_reuse
+from harness.analysis.rows.read import Rows, Run
+from harness.analysis.stats.intervals import samples_needed
+from harness.analysis.steady import only_grew
 from harness.plan.file import read_plan_columns
 from harness.record.manifest import RunDir
 from harness.slo import Criterion

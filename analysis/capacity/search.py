@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.arrays import Floats
-from analysis.capacity.backlog import Curve, Demand, Worked, curve_of
-from analysis.capacity.crossing import FEWEST_PROBES, PROMPT_WEIGHTS, SHORTEST_S, Crossing, Evidence, crossing
-from analysis.capacity.sweep import GAIN, Point
-from analysis.stats.autocorrelation import student_t
+from harness.analysis.arrays import Floats
+from harness.analysis.capacity.backlog import Curve, Demand, Worked, curve_of
+from harness.analysis.capacity.crossing import FEWEST_PROBES, PROMPT_WEIGHTS, SHORTEST_S, Crossing, Evidence, crossing
+from harness.analysis.capacity.sweep import GAIN, Point
+from harness.analysis.stats.autocorrelation import student_t
 from harness.slo import Criterion
 
 RUNG = 4

@@ -10,14 +10,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from analysis.arrays import Floats
-from analysis.capacity.backlog import Demand
-from analysis.capacity.crossing import NEAR, Evidence
-from analysis.capacity.search import SUSTAINED, Estimate
-from analysis.capacity.sweep import Capacity, State
-from analysis.fidelity.inputs import POINTS_BOUND
-from analysis.stats.intervals import Quantity
-from analysis.summary import Summary
+from harness.analysis.arrays import Floats
+from harness.analysis.capacity.backlog import Demand
+from harness.analysis.capacity.crossing import NEAR, Evidence
+from harness.analysis.capacity.search import SUSTAINED, Estimate
+from harness.analysis.capacity.sweep import Capacity, State
+from harness.analysis.fidelity.inputs import POINTS_BOUND
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.summary import Summary
 from harness.record.manifest import MOST_BYTES
 from harness.slo import Criterion
 from harness.sweep.state import ANSWER as FILE

@@ -10,14 +10,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from analysis.capacity.search_answer import Answer, kept_answer
-from analysis.capacity.sweep import Capacity, Point, capacity, little, merged, pool, saturation
-from analysis.capacity.system import System, describe, grouped, has_load, load_words, offered, plan_of, system_of
-from analysis.cost.cost import DEFAULT_UTILISATION, OUTPUT_ONLY, at_rate, bill_usd
-from analysis.rates import LOAD_UNIT, LoadKind
-from analysis.stats.intervals import Distribution, Quantity, scaled
-from analysis.summary import Summary
-from analysis.validity.prefix_cache import NAME as WARM
+from harness.analysis.capacity.search_answer import Answer, kept_answer
+from harness.analysis.capacity.sweep import Capacity, Point, capacity, little, merged, pool, saturation
+from harness.analysis.capacity.system import (
+    System,
+    describe,
+    grouped,
+    has_load,
+    load_words,
+    offered,
+    plan_of,
+    system_of,
+)
+from harness.analysis.cost.cost import DEFAULT_UTILISATION, OUTPUT_ONLY, at_rate, bill_usd
+from harness.analysis.rates import LOAD_UNIT, LoadKind
+from harness.analysis.stats.intervals import Distribution, Quantity, scaled
+from harness.analysis.summary import Summary
+from harness.analysis.validity.prefix_cache import NAME as WARM
 from harness.slo import Criterion
 
 SCHEMA = "harness.capacity/1"

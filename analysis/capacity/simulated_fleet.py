@@ -21,8 +21,8 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats
-from analysis.capacity.fitted_engine import (
+from harness.analysis.arrays import Bools, Floats
+from harness.analysis.capacity.fitted_engine import (
     Engine,
     FittedEngine,
     NotFittedError,
@@ -34,8 +34,8 @@ from analysis.capacity.fitted_engine import (
     fit_engine,
     within,
 )
-from analysis.capacity.fleet import MINUTE_S, Kept, Schedule
-from analysis.stats.intervals import samples_needed
+from harness.analysis.capacity.fleet import MINUTE_S, Kept, Schedule
+from harness.analysis.stats.intervals import samples_needed
 from harness.slo import Criterion
 
 MOST_SCALED_STEPS = 20_000_000

@@ -14,11 +14,11 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.arrays import Floats
-from analysis.capacity.system import grouped
-from analysis.stats.autocorrelation import ALPHA, Z
-from analysis.stats.intervals import Quantity
-from analysis.stats.replicates import over_replicates
+from harness.analysis.arrays import Floats
+from harness.analysis.capacity.system import grouped
+from harness.analysis.stats.autocorrelation import ALPHA, Z
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.stats.replicates import over_replicates
 from harness.slo import Criterion
 
 FOLLOWS = 0.95

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from analysis.rates import KIND_WORDS, LoadKind
-from analysis.stats.intervals import Evidence
-from analysis.summary import Summary
+from harness.analysis.rates import KIND_WORDS, LoadKind
+from harness.analysis.stats.intervals import Evidence
+from harness.analysis.summary import Summary
 
 Key = tuple[object, ...]
 T = TypeVar("T")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.capacity.system import Key, grouped, load_of, load_words, servers_of, slo_words, tier_words
-from analysis.compare.paired import PairedRun
-from analysis.summary import Summary
-from analysis.validity.prefix_cache import NAME as WARM
+from harness.analysis.capacity.system import Key, grouped, load_of, load_words, servers_of, slo_words, tier_words
+from harness.analysis.compare.paired import PairedRun
+from harness.analysis.summary import Summary
+from harness.analysis.validity.prefix_cache import NAME as WARM
 from harness.plan.spec import load_seed
 
 

@@ -15,11 +15,11 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.capacity.system import all_met, load_words, slo_words
-from analysis.compare.comparable import Difference, Pairs, differences, pair_runs, plans_differ, refusals
-from analysis.compare.paired import FIGURES, SHARES, Ends, PairedRun, PairFigure, pair_figures
-from analysis.stats.intervals import Evidence, Quantity
-from analysis.stats.replicates import FEWEST_PAIRS, over_pairs
+from harness.analysis.capacity.system import all_met, load_words, slo_words
+from harness.analysis.compare.comparable import Difference, Pairs, differences, pair_runs, plans_differ, refusals
+from harness.analysis.compare.paired import FIGURES, SHARES, Ends, PairedRun, PairFigure, pair_figures
+from harness.analysis.stats.intervals import Evidence, Quantity
+from harness.analysis.stats.replicates import FEWEST_PAIRS, over_pairs
 from harness.errors import UsageError, unknown_name
 
 SCHEMA = "harness.compare/1"

@@ -15,12 +15,12 @@ from typing import Literal
 
 import numpy as np
 
-from analysis import metrics
-from analysis.arrays import Bools, Floats, Ints
-from analysis.cost.cost import bill_usd, usd_per_1m
-from analysis.rows.read import Run
-from analysis.stats.intervals import RESAMPLES, ends_of_resamples, samples_needed
-from analysis.summary import Summary
+from harness.analysis import metrics
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.cost.cost import bill_usd, usd_per_1m
+from harness.analysis.rows.read import Run
+from harness.analysis.stats.intervals import RESAMPLES, ends_of_resamples, samples_needed
+from harness.analysis.summary import Summary
 
 BLOCKS = 10
 RATE_BLOCKS = 5

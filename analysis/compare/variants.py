@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Floats
-from analysis.rows.read import Rows, Run
+from harness.analysis.arrays import Floats
+from harness.analysis.rows.read import Rows, Run
 from harness.errors import unknown_name
 
 PERCENTILES = (50, 90, 95, 99)

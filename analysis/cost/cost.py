@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from analysis.cost.split import Split, TokenMix, by_ratio, not_identifiable
-from analysis.stats.intervals import MIN_SAMPLES, Quantity, at_list_price
+from harness.analysis.cost.split import Split, TokenMix, by_ratio, not_identifiable
+from harness.analysis.stats.intervals import MIN_SAMPLES, Quantity, at_list_price
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 

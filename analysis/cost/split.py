@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from analysis.arrays import Floats
-from analysis.metrics import Window
-from analysis.rows.read import Run
-from analysis.stats.intervals import Evidence, Quantity, at_list_price
-from analysis.stats.nonnegative import Fit, fit_non_negative
-from analysis.validity.counters import shared_addresses
+from harness.analysis.arrays import Floats
+from harness.analysis.metrics import Window
+from harness.analysis.rows.read import Run
+from harness.analysis.stats.intervals import Evidence, Quantity, at_list_price
+from harness.analysis.stats.nonnegative import Fit, fit_non_negative
+from harness.analysis.validity.counters import shared_addresses
 
 NANO = 10**9
 LARGEST_CONDITION = 30.0

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.rows.columns import bools, floats, plan_column, plan_size
-from analysis.rows.read import Run
-from analysis.validity.counters import moved_by
-from analysis.validity.prefix_cache import HITS, block_tokens
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.rows.columns import bools, floats, plan_column, plan_size
+from harness.analysis.rows.read import Run
+from harness.analysis.validity.counters import moved_by
+from harness.analysis.validity.prefix_cache import HITS, block_tokens
 from harness.errors import PlanError
 from harness.plan.reuse import Ids, Reuse, UnknownTokensError, plan_prompts, prompt_reuse
 from harness.record.manifest import RunDir

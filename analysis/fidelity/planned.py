@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
-from analysis.fidelity.inputs import (
+from harness.analysis.arrays import Floats, Ints
+from harness.analysis.fidelity.inputs import (
     EXACT,
     LENGTH_BOUND,
     MIN_REQUESTS,

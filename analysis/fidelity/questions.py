@@ -22,8 +22,8 @@ import math
 
 import numpy as np
 
-from analysis.arrays import Ints
-from analysis.fidelity.inputs import (
+from harness.analysis.arrays import Ints
+from harness.analysis.fidelity.inputs import (
     MIN_REQUESTS,
     POINTS_BOUND,
     Fidelity,
@@ -33,9 +33,9 @@ from analysis.fidelity.inputs import (
     read_plan,
     read_reuse,
 )
-from analysis.fidelity.planned import planned_against_source
-from analysis.rows.read import Run
-from analysis.validity.prefix_cache import CacheCounters, HitSource, hit_share, read_served
+from harness.analysis.fidelity.planned import planned_against_source
+from harness.analysis.rows.read import Run
+from harness.analysis.validity.prefix_cache import CacheCounters, HitSource, hit_share, read_served
 from harness.errors import PlanError
 from harness.plan.reuse import Reuse
 from harness.trace.stats import WINDOWS_S, dispersion

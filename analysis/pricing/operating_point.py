@@ -10,14 +10,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from analysis.capacity.serving_config import Floor, ServingConfig, serving_configs
-from analysis.capacity.system import all_met, arrival_words, grouped, has_load, load_of, load_words, offered, plan_of
-from analysis.cost.cost import usd_per_1m
-from analysis.cost.split import TokenMix, token_mix
-from analysis.rates import GIVEN, KIND_WORDS, LOAD_UNIT, given_load_note
-from analysis.stats.intervals import Quantity
-from analysis.stats.replicates import over_replicates
-from analysis.summary import Summary
+from harness.analysis.capacity.serving_config import Floor, ServingConfig, serving_configs
+from harness.analysis.capacity.system import (
+    all_met,
+    arrival_words,
+    grouped,
+    has_load,
+    load_of,
+    load_words,
+    offered,
+    plan_of,
+)
+from harness.analysis.cost.cost import usd_per_1m
+from harness.analysis.cost.split import TokenMix, token_mix
+from harness.analysis.rates import GIVEN, KIND_WORDS, LOAD_UNIT, given_load_note
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.stats.replicates import over_replicates
+from harness.analysis.summary import Summary
 
 LARGEST_MIX_CHANGE = 0.05
 """Loads whose share of output differs by more were not measured on the same traffic."""

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date
 
-from analysis.capacity.system import System, describe, grouped, slo_words, system_of
-from analysis.cost.cost import HOURS_PER_MONTH, usd_per_1m
-from analysis.cost.split import TokenMix
-from analysis.price_age import OLD_DAYS
-from analysis.pricing.list_prices import ListPrice
-from analysis.pricing.operating_point import OperatingPoint, operating_point
-from analysis.pricing.terms import (
+from harness.analysis.capacity.system import System, describe, grouped, slo_words, system_of
+from harness.analysis.cost.cost import HOURS_PER_MONTH, usd_per_1m
+from harness.analysis.cost.split import TokenMix
+from harness.analysis.price_age import OLD_DAYS
+from harness.analysis.pricing.list_prices import ListPrice
+from harness.analysis.pricing.operating_point import OperatingPoint, operating_point
+from harness.analysis.pricing.terms import (
     PriceBasis,
     Terms,
     TokenWeights,
@@ -31,8 +31,8 @@ from analysis.pricing.terms import (
     from_split,
     unit_prices,
 )
-from analysis.stats.intervals import Quantity, scaled
-from analysis.summary import Summary
+from harness.analysis.stats.intervals import Quantity, scaled
+from harness.analysis.summary import Summary
 from harness.record.manifest import Tier
 
 SCHEMA = "harness.price/1"

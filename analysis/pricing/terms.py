@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from datetime import date
 from itertools import pairwise
 
-from analysis.cost.split import Split, TokenMix, divide
-from analysis.price_age import is_old
-from analysis.stats.intervals import Quantity, scaled
+from harness.analysis.cost.split import Split, TokenMix, divide
+from harness.analysis.price_age import is_old
+from harness.analysis.stats.intervals import Quantity, scaled
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.cost.cost import HOURS_PER_MONTH
-from analysis.quality.estimate import Bounded, given, mean, quotient, ratio
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.cost.cost import HOURS_PER_MONTH
+from harness.analysis.quality.estimate import Bounded, given, mean, quotient, ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.quality.estimate import Bounded
-from analysis.quality.paired import ALPHA, FEWEST_SESSIONS, Paired, paired
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.quality.estimate import Bounded
+from harness.analysis.quality.paired import ALPHA, FEWEST_SESSIONS, Paired, paired
 
 STEPS = 40
 """Thresholds that are tried: quantiles of the scores of the tuning half."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from analysis.quality.estimate import Bounded
+from harness.analysis.quality.estimate import Bounded
 
 Outcome = Literal["holds", "fails", "not decided", "not measured", "not stated"]
 ROUNDING = 1e-9

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
-from analysis.quality.distributions import t_quantile
-from analysis.quality.paired import ALPHA
+from harness.analysis.arrays import Floats, Ints
+from harness.analysis.quality.distributions import t_quantile
+from harness.analysis.quality.paired import ALPHA
 
 
 @dataclass(frozen=True, slots=True)

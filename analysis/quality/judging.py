@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
-from analysis.quality.distributions import NORMAL, wilson
-from analysis.quality.estimate import Bounded, mean
-from analysis.quality.paired import ALPHA
+from harness.analysis.arrays import Floats, Ints
+from harness.analysis.quality.distributions import NORMAL, wilson
+from harness.analysis.quality.estimate import Bounded, mean
+from harness.analysis.quality.paired import ALPHA
 
 FEWEST_LABELS = 50
 LOWEST_KAPPA = 0.4

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
-from analysis.quality.distributions import NORMAL, t_quantile, t_tail, wilson
+from harness.analysis.arrays import Floats, Ints
+from harness.analysis.quality.distributions import NORMAL, t_quantile, t_tail, wilson
 
 ALPHA = 0.025
 """One-sided level of every test; intervals are two-sided at twice that, 95 %."""

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from analysis.quality.distributions import NORMAL, t_quantile
-from analysis.quality.paired import ALPHA, FEWEST_SESSIONS, tango_score
+from harness.analysis.quality.distributions import NORMAL, t_quantile
+from harness.analysis.quality.paired import ALPHA, FEWEST_SESSIONS, tango_score
 
 POWER = 0.8
 MOST_RECORDS = 10**9

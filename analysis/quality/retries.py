@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
+from harness.analysis.arrays import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

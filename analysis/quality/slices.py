@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.quality.estimate import Bounded, mean
-from analysis.quality.paired import FEWEST_SESSIONS
-from analysis.quality.verdict import MATTERS, Slice
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.quality.estimate import Bounded, mean
+from harness.analysis.quality.paired import FEWEST_SESSIONS
+from harness.analysis.quality.verdict import MATTERS, Slice
 
 DEPTHS = ((1, 1), (2, 3), (4, 7), (8, None))
 """Turns of a conversation, first and last."""

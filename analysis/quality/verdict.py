@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.quality.cascade import Cascade
-from analysis.quality.estimate import Bounded
-from analysis.quality.paired import ALPHA, FEWEST_SESSIONS, Paired, holm, paired
-from analysis.quality.power import records_needed
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.quality.cascade import Cascade
+from harness.analysis.quality.estimate import Bounded
+from harness.analysis.quality.paired import ALPHA, FEWEST_SESSIONS, Paired, holm, paired
+from harness.analysis.quality.power import records_needed
 
 MOST_UNGRADED = 0.02
 """Share of pairs without a grade above which the audit is INVALID: what cannot be graded is not so at random."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-from analysis.audit.report import AuditReport, CandidateAnswer, ModelRow
-from analysis.quality.claims import Claim
-from analysis.quality.estimate import Bounded
-from analysis.quality.paired import FEWEST_SESSIONS
-from analysis.quality.slices import UNSEEN
-from analysis.quality.verdict import SliceVerdict
-from analysis.report.document import Cell, Section, Table
-from analysis.report.figures import figure
+from harness.analysis.audit.report import AuditReport, CandidateAnswer, ModelRow
+from harness.analysis.quality.claims import Claim
+from harness.analysis.quality.estimate import Bounded
+from harness.analysis.quality.paired import FEWEST_SESSIONS
+from harness.analysis.quality.slices import UNSEEN
+from harness.analysis.quality.verdict import SliceVerdict
+from harness.analysis.report.document import Cell, Section, Table
+from harness.analysis.report.figures import figure
 from harness.slo import seconds
 
 

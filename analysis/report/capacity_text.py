@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.capacity.search import ProbeRow
-from analysis.capacity.serving_config import ServingConfig
-from analysis.rates import KIND_WORDS
-from analysis.report.document import Cell, Row, Section, Table
-from analysis.report.figures import figure, hourly, interval, price, usd, within
-from analysis.stats.intervals import Quantity
+from harness.analysis.capacity.search import ProbeRow
+from harness.analysis.capacity.serving_config import ServingConfig
+from harness.analysis.rates import KIND_WORDS
+from harness.analysis.report.document import Cell, Row, Section, Table
+from harness.analysis.report.figures import figure, hourly, interval, price, usd, within
+from harness.analysis.stats.intervals import Quantity
 from harness.slo import Criterion, percent
 
 

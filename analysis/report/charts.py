@@ -13,16 +13,16 @@ from functools import partial
 
 import numpy as np
 
-from analysis.arrays import Floats
-from analysis.capacity.serving_config import ServingConfig
-from analysis.report.curves import Curves, cumulative, joined, over_time
-from analysis.report.document import Chart, Mark, PlotLine, Points
-from analysis.report.figures import load_of
-from analysis.rows.itl_histogram import EDGES
-from analysis.rows.read import Run
-from analysis.stats.intervals import Distribution, Quantity, scaled
-from analysis.summary import Summary
-from analysis.validity.generator import lag_bound_s
+from harness.analysis.arrays import Floats
+from harness.analysis.capacity.serving_config import ServingConfig
+from harness.analysis.report.curves import Curves, cumulative, joined, over_time
+from harness.analysis.report.document import Chart, Mark, PlotLine, Points
+from harness.analysis.report.figures import load_of
+from harness.analysis.rows.itl_histogram import EDGES
+from harness.analysis.rows.read import Run
+from harness.analysis.stats.intervals import Distribution, Quantity, scaled
+from harness.analysis.summary import Summary
+from harness.analysis.validity.generator import lag_bound_s
 from harness.slo import split_key
 
 HARDLY_ANY = 0.001

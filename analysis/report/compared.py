@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from analysis.capacity.serving_config import ServingConfig, serving_configs
-from analysis.capacity.system import servers_of, slo_words, tier_words, where_words
-from analysis.compare.comparable import SUBJECT
-from analysis.labels import clean
-from analysis.rates import KIND_WORDS
-from analysis.report.capacity_text import capacity_table, sentence
-from analysis.report.charts import load_charts, share_chart, tradeoff_charts
-from analysis.report.document import Cell, Chart, Facts, Row, Section, Table
-from analysis.report.figures import (
+from harness.analysis.capacity.serving_config import ServingConfig, serving_configs
+from harness.analysis.capacity.system import servers_of, slo_words, tier_words, where_words
+from harness.analysis.compare.comparable import SUBJECT
+from harness.analysis.labels import clean
+from harness.analysis.rates import KIND_WORDS
+from harness.analysis.report.capacity_text import capacity_table, sentence
+from harness.analysis.report.charts import load_charts, share_chart, tradeoff_charts
+from harness.analysis.report.document import Cell, Chart, Facts, Row, Section, Table
+from harness.analysis.report.figures import (
     figure,
     hourly,
     in_seconds,
@@ -28,8 +28,8 @@ from analysis.report.figures import (
     verdict_note,
     within,
 )
-from analysis.report.view import RunView
-from analysis.summary import Summary
+from harness.analysis.report.view import RunView
+from harness.analysis.summary import Summary
 from harness.plan.spec import load_seed
 
 COLORS = 8

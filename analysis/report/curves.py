@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from analysis import metrics
-from analysis.arrays import Floats
-from analysis.metrics import BINS, Window
-from analysis.rows.itl_histogram import EDGES, count_in
-from analysis.rows.read import Run
-from analysis.validity.counters import shared_addresses
+from harness.analysis import metrics
+from harness.analysis.arrays import Floats
+from harness.analysis.metrics import BINS, Window
+from harness.analysis.rows.itl_histogram import EDGES, count_in
+from harness.analysis.rows.read import Run
+from harness.analysis.validity.counters import shared_addresses
 
 PER_GROUP, FEW = 20, 3
 SECOND = 1.0

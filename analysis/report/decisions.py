@@ -5,13 +5,13 @@ Whatever a trace, a server or a price map wrote is printed as plain characters, 
 
 from __future__ import annotations
 
-from analysis.capacity.system import where_words
-from analysis.compare.compare import Comparison, Figure, LoadComparison
-from analysis.compare.paired import SHARES
-from analysis.pricing.rate_card import PriceReport, RateCard
-from analysis.pricing.terms import PriceBasis, Terms
-from analysis.report.document import Cell, Row, Section, Table
-from analysis.report.figures import figure, hourly, price, usd, within
+from harness.analysis.capacity.system import where_words
+from harness.analysis.compare.compare import Comparison, Figure, LoadComparison
+from harness.analysis.compare.paired import SHARES
+from harness.analysis.pricing.rate_card import PriceReport, RateCard
+from harness.analysis.pricing.terms import PriceBasis, Terms
+from harness.analysis.report.document import Cell, Row, Section, Table
+from harness.analysis.report.figures import figure, hourly, price, usd, within
 
 
 def price_sections(report: PriceReport) -> list[Section]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from analysis.labels import FORMULA, clean
+from harness.analysis.labels import FORMULA, clean
 from harness.console import text_tables
 
 MOST_ITEMS = 200

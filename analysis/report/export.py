@@ -30,10 +30,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis import metrics
-from analysis.arrays import Floats
-from analysis.labels import FORMULA, label_runs
-from analysis.rows.read import Rows, Run, read_run
+from harness.analysis import metrics
+from harness.analysis.arrays import Floats
+from harness.analysis.labels import FORMULA, label_runs
+from harness.analysis.rows.read import Rows, Run, read_run
 from harness.errors import ResultsError, UsageError
 from harness.record.results import SCHEMA as ROW
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from analysis.report.document import Cell
-from analysis.stats.intervals import Quantity
-from analysis.summary import Summary
+from harness.analysis.report.document import Cell
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.summary import Summary
 
 Style = Callable[[float], str]
 

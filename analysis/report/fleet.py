@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from analysis.capacity.fleet import Autoscaled
-from analysis.capacity.fleet_plan import FleetPlan, TierFleet
-from analysis.report.document import Cell, Section, Table
-from analysis.report.figures import figure, price
+from harness.analysis.capacity.fleet import Autoscaled
+from harness.analysis.capacity.fleet_plan import FleetPlan, TierFleet
+from harness.analysis.report.document import Cell, Section, Table
+from harness.analysis.report.figures import figure, price
 
 WITHIN = 0.03
 """How far the replayed share is from the share of a real autoscaled fleet of another engine: tests/lab/fleet.py."""

@@ -21,11 +21,11 @@ import jinja2
 import msgspec
 from markupsafe import Markup, escape
 
-from analysis.labels import clean
-from analysis.report import run as report
-from analysis.report.compared import compare_runs
-from analysis.report.document import PROVES_NOTHING, Chart, Section
-from analysis.report.view import RunView
+from harness.analysis.labels import clean
+from harness.analysis.report import run as report
+from harness.analysis.report.compared import compare_runs
+from harness.analysis.report.document import PROVES_NOTHING, Chart, Section
+from harness.analysis.report.view import RunView
 from harness.errors import ResultsError
 
 LONGEST = 1000
@@ -111,7 +111,7 @@ def _style_and_script() -> tuple[Markup, Markup]:
 
 @cache
 def _file(name: str) -> str:
-    return resources.files("analysis.report").joinpath("web", name).read_text("utf-8")
+    return resources.files("harness.analysis.report").joinpath("web", name).read_text("utf-8")
 
 
 def _policy() -> str:

@@ -9,13 +9,13 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from analysis.capacity.system import servers_of, tier_words, where_words
-from analysis.labels import clean
-from analysis.rates import KIND_WORDS
-from analysis.report.document import MOST_ITEMS, Cell, Row, Section, Table, escaped
-from analysis.report.document import render_markdown as sections_as_markdown
-from analysis.report.document import render_text as print_sections
-from analysis.report.figures import (
+from harness.analysis.capacity.system import servers_of, tier_words, where_words
+from harness.analysis.labels import clean
+from harness.analysis.rates import KIND_WORDS
+from harness.analysis.report.document import MOST_ITEMS, Cell, Row, Section, Table, escaped
+from harness.analysis.report.document import render_markdown as sections_as_markdown
+from harness.analysis.report.document import render_text as print_sections
+from harness.analysis.report.figures import (
     Style,
     figure,
     hourly,
@@ -27,8 +27,8 @@ from analysis.report.figures import (
     value,
     within,
 )
-from analysis.stats.intervals import Quantity
-from analysis.summary import Summary, claims
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.summary import Summary, claims
 
 DETAIL_CHARS = 160
 

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, replace
 
 import msgspec
 
-from analysis.arrays import Floats
-from analysis.report import run as report
-from analysis.report.charts import run_charts
-from analysis.report.curves import cumulative, curves
-from analysis.report.document import MOST_ITEMS, Cell, Chart, Facts, Row, Section, Table
-from analysis.report.figures import VERDICTS, figure, in_seconds, percent, price, quantity, state_of, within
-from analysis.rows.read import Run
-from analysis.stats.intervals import Distribution
-from analysis.summary import Summary
+from harness.analysis.arrays import Floats
+from harness.analysis.report import run as report
+from harness.analysis.report.charts import run_charts
+from harness.analysis.report.curves import cumulative, curves
+from harness.analysis.report.document import MOST_ITEMS, Cell, Chart, Facts, Row, Section, Table
+from harness.analysis.report.figures import VERDICTS, figure, in_seconds, percent, price, quantity, state_of, within
+from harness.analysis.rows.read import Run
+from harness.analysis.stats.intervals import Distribution
+from harness.analysis.summary import Summary
 
 _FEW_SAMPLES = (
     "Of successful requests. “n<299” means that so many samples are needed before this percentile is more than the "

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis.arrays import Bools, Floats, Ints
+from harness.analysis.arrays import Bools, Floats, Ints
 from harness.errors import ResultsError
 from harness.plan.file import iter_plan_columns
 from harness.record.results import SCHEMA, iter_results

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.rows.run import BINS, ChunkRows, Chunks, Rows, bin_of, binned, window
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.rows.run import BINS, ChunkRows, Chunks, Rows, bin_of, binned, window
 
 STEPS = 10
 """Cells per octave, as a power of two."""

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.rows.columns import (
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.rows.columns import (
     CHUNKS,
     COUNTS,
     RowColumns,
@@ -35,11 +35,19 @@ from analysis.rows.columns import (
     read_parts,
     reduce_chunks,
 )
-from analysis.rows.itl_histogram import pool_chunks
-from analysis.rows.run import ChunkRows as ChunkRows
-from analysis.rows.run import LoopStalls, TurnRows, columns_of, load_kind, own_times, read_again, read_worker_samples
-from analysis.rows.run import Rows as Rows
-from analysis.rows.run import Run as Run
+from harness.analysis.rows.itl_histogram import pool_chunks
+from harness.analysis.rows.run import ChunkRows as ChunkRows
+from harness.analysis.rows.run import (
+    LoopStalls,
+    TurnRows,
+    columns_of,
+    load_kind,
+    own_times,
+    read_again,
+    read_worker_samples,
+)
+from harness.analysis.rows.run import Rows as Rows
+from harness.analysis.rows.run import Run as Run
 from harness.errors import ResultsError, listed
 from harness.plan.file import plan_sha256
 from harness.record.manifest import RunDir, RunManifest, read_manifest

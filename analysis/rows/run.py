@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.rows.columns import Table, chunk_arrays, floats, read_parts
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.rows.columns import Table, chunk_arrays, floats, read_parts
 from harness.errors import ResultsError
 from harness.plan.file import PlanInfo
 from harness.record.manifest import Evidence, RunDir, RunManifest, Worker

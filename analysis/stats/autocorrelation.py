@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from analysis.arrays import Floats
+from harness.analysis.arrays import Floats
 
 ALPHA = 0.05
 Z = 1.959963984540054

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats, Ints
-from analysis.stats.autocorrelation import (
+from harness.analysis.arrays import Bools, Floats, Ints
+from harness.analysis.stats.autocorrelation import (
     ALPHA,
     CRITICAL,
     FEWEST_UNITS,
@@ -27,8 +27,8 @@ from analysis.stats.autocorrelation import (
     skew_of,
     student_t,
 )
-from analysis.stats.order_statistics import percentile_ends
-from analysis.stats.relaxation import ClosedLoop, Memory, Relaxation
+from harness.analysis.stats.order_statistics import percentile_ends
+from harness.analysis.stats.relaxation import ClosedLoop, Memory, Relaxation
 
 RESAMPLES = 1000
 MAX_UNITS = 1000

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Floats
-from analysis.stats.intervals import RESAMPLES, ends_of_resamples
+from harness.analysis.arrays import Floats
+from harness.analysis.stats.intervals import RESAMPLES, ends_of_resamples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from analysis.arrays import Floats
-from analysis.stats.autocorrelation import ALPHA, effective_n
+from harness.analysis.arrays import Floats
+from harness.analysis.stats.autocorrelation import ALPHA, effective_n
 
 TAIL_FROM = (0.6, 0.7, 0.8, 0.9, 0.95)
 """Shares at which the likeness of slow requests is read, to follow it into the tail."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
+from harness.analysis.arrays import Floats, Ints
 
 PRICE = 5.0
 """Logarithm of how much likelier the counts must be for one block more. Of Poisson runs 6 % are cut at all."""

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
-from analysis.stats.autocorrelation import student_t
-from analysis.stats.intervals import Quantity
+from harness.analysis.arrays import Floats, Ints
+from harness.analysis.stats.autocorrelation import student_t
+from harness.analysis.stats.intervals import Quantity
 
 FEWEST_PAIRS = 3
 """From so many pairs of runs on a comparison is judged: fewer do not know how much two runs of one system differ."""

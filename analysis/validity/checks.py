@@ -13,16 +13,16 @@ from datetime import date
 
 import numpy as np
 
-from analysis import metrics
-from analysis.check import MIN_REQUESTS, Check, check, limit
-from analysis.metrics import MISMATCH_BOUND, Counts, Window
-from analysis.price_age import OLD_DAYS, age_days
-from analysis.rates import KIND_WORDS
-from analysis.rows.read import Run
-from analysis.stats.intervals import samples_needed
-from analysis.validity import generator, tokens
-from analysis.validity.counters import server_counters, server_restarts, shared_addresses, token_books
-from analysis.validity.servers import cold_start, starved
+from harness.analysis import metrics
+from harness.analysis.check import MIN_REQUESTS, Check, check, limit
+from harness.analysis.metrics import MISMATCH_BOUND, Counts, Window
+from harness.analysis.price_age import OLD_DAYS, age_days
+from harness.analysis.rates import KIND_WORDS
+from harness.analysis.rows.read import Run
+from harness.analysis.stats.intervals import samples_needed
+from harness.analysis.validity import generator, tokens
+from harness.analysis.validity.counters import server_counters, server_restarts, shared_addresses, token_books
+from harness.analysis.validity.servers import cold_start, starved
 
 FAILED_BOUND = 0.01
 SUCCESS_BOUND = 0.5

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.arrays import Bools, Floats
-from analysis.check import Check, check, limit
-from analysis.rows.read import Rows, Run
+from harness.analysis.arrays import Bools, Floats
+from harness.analysis.check import Check, check, limit
+from harness.analysis.rows.read import Rows, Run
 from harness.errors import listed
 from harness.record.manifest import Replica, RunDir
 from harness.record.samples import read_server_metrics, samples_of_no_number

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from analysis import metrics
-from analysis.arrays import Floats
-from analysis.check import Check, check, limit, ms
-from analysis.rows.read import Run
-from analysis.rows.run import NS
+from harness.analysis import metrics
+from harness.analysis.arrays import Floats
+from harness.analysis.check import Check, check, limit, ms
+from harness.analysis.rows.read import Run
+from harness.analysis.rows.run import NS
 from harness.record.run_spec import BATCH_READS_EVERY_NS, BATCH_READS_FROM
 from harness.slo import strictest
 

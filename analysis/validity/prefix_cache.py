@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 import pyarrow.compute as pc
 
-from analysis.check import Check, limit
-from analysis.rows.read import Run
-from analysis.validity.counters import moved_by, shared_addresses
+from harness.analysis.check import Check, limit
+from harness.analysis.rows.read import Run
+from harness.analysis.validity.counters import moved_by, shared_addresses
 from harness.errors import PlanError
 from harness.plan.reuse import BLOCK_BYTES, UnknownTokensError, plan_prompts, prompt_reuse, text_reuse, text_words
 from harness.record.manifest import RunDir

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import metrics
-from analysis.arrays import Bools, Floats
-from analysis.check import Check, check, limit, ms
-from analysis.metrics import Window
-from analysis.rows.columns import floats
-from analysis.rows.read import Run
+from harness.analysis import metrics
+from harness.analysis.arrays import Bools, Floats
+from harness.analysis.check import Check, check, limit, ms
+from harness.analysis.metrics import Window
+from harness.analysis.rows.columns import floats
+from harness.analysis.rows.read import Run
 from harness.errors import ResultsError
 from harness.record.manifest import Replica, RunDir
 from harness.record.samples import read_server_processor

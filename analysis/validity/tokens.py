@@ -19,11 +19,11 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from analysis import metrics
-from analysis.arrays import Floats
-from analysis.check import Check, check, limit
-from analysis.metrics import MISMATCH_BOUND
-from analysis.rows.read import Rows, Run
+from harness.analysis import metrics
+from harness.analysis.arrays import Floats
+from harness.analysis.check import Check, check, limit
+from harness.analysis.metrics import MISMATCH_BOUND
+from harness.analysis.rows.read import Rows, Run
 from harness.record.answers import Counted, CountedPrompt, Text
 
 NOTHING = "nothing to do"

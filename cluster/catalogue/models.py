@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from cluster.catalogue import own_catalogue, read_catalogue
-from cluster.catalogue.number_formats import FORMATS, QUANTIZATIONS, Config
+from harness.cluster.catalogue import own_catalogue, read_catalogue
+from harness.cluster.catalogue.number_formats import FORMATS, QUANTIZATIONS, Config
 from harness.errors import UsageError, unknown_name
 
 ARCHITECTURES = Path(__file__).with_name("architectures.toml")

@@ -17,9 +17,9 @@ from typing import Any, TypedDict
 
 import msgspec
 
-from cluster.catalogue.tiers import CATALOGUE, read_tiers
 from harness import aws
 from harness.aws import AwsError
+from harness.cluster.catalogue.tiers import CATALOGUE, read_tiers
 from harness.errors import HarnessError, UsageError, unknown_name
 from harness.record.manifest import Tier
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cluster.catalogue.models import Model
-from cluster.catalogue.rounding import Format
-from cluster.catalogue.weights import CONVERT_S, run_step, sha256
+from harness.cluster.catalogue.models import Model
+from harness.cluster.catalogue.rounding import Format
+from harness.cluster.catalogue.weights import CONVERT_S, run_step, sha256
 from harness.errors import UsageError
 from harness.record.manifest import now_utc, read_json, write_json
 
@@ -95,7 +95,7 @@ def quantise(
                     shutil.copyfile(file, partial / file.name)
             (partial / "harness-weights.json").unlink(missing_ok=True)
             say(f"rounding {model.name} to {to}")
-            argv = [sys.executable, "-m", "cluster.catalogue.rounding", str(partial), to, str(group or 0)]
+            argv = [sys.executable, "-m", "harness.cluster.catalogue.rounding", str(partial), to, str(group or 0)]
             run_step(argv, partial, f"rounding of {model.name}", CONVERT_S)
         else:
             _write_recipe(partial, weights.resolve(), out.resolve(), to, group, texts)

@@ -2,7 +2,7 @@
 
 int8: "int-quantized", W8A8, activations rounded per token while serving. int4: "pack-quantized", W4A16. Nothing is
 calibrated. Source: https://github.com/vllm-project/compressed-tensors. Imports torch, so it runs in a process of its
-own (``python -m cluster.catalogue.rounding FOLDER int8|int4 GROUP``, group 0 for none).
+own (``python -m harness.cluster.catalogue.rounding FOLDER int8|int4 GROUP``, group 0 for none).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster.catalogue.number_formats import QUANTIZATIONS
+from harness.cluster.catalogue.number_formats import QUANTIZATIONS
 
 if TYPE_CHECKING:
     import torch

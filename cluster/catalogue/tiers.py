@@ -14,7 +14,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.catalogue import own_catalogue, read_catalogue
+from harness.cluster.catalogue import own_catalogue, read_catalogue
 from harness.errors import HarnessError, ServerError, UsageError, unknown_name
 from harness.record.manifest import Ownership, Tier
 

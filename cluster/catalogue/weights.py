@@ -3,8 +3,8 @@
 Cache: ``$HARNESS_CACHE``, else ``$XDG_CACHE_HOME/harness``, else ``~/.cache/harness``. A converted model is a folder
 ``models/<name>`` in Hugging Face layout with ``harness-weights.json``: its origin and the SHA-256 of every file.
 
-The heavy work runs in processes of its own (``python -m cluster.catalogue.weights ...``): torch takes seconds to import
-and a gigabyte to convert, and neither belongs in the process that starts a load test.
+The heavy work runs in processes of its own (``python -m harness.cluster.catalogue.weights ...``): torch takes seconds
+to import and a gigabyte to convert, and neither belongs in the process that starts a load test.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import IO
 
 import msgspec
 
-from cluster.catalogue.models import Model, model_config
-from cluster.catalogue.number_formats import QUANTIZATIONS
-from cluster.catalogue.rounding import round_weights
-from cluster.process.process import Process, describe_exit
-from cluster.process.registry import lock
 from harness import cache_dir
+from harness.cluster.catalogue.models import Model, model_config
+from harness.cluster.catalogue.number_formats import QUANTIZATIONS
+from harness.cluster.catalogue.rounding import round_weights
+from harness.cluster.process.process import Process, describe_exit
+from harness.cluster.process.registry import lock
 from harness.errors import ServerError
 from harness.record.manifest import now_utc
 
@@ -198,7 +198,7 @@ def _make(model: Model, root: Path, folder: Path, say: Callable[[str], None]) ->
         arguments = ["convert", str(gguf), str(out), *(["--add-bos"] if model.add_bos else [])]
         arguments += ["--int8"] if model.quantization == "int8" else []
         run_step(
-            [sys.executable, "-m", "cluster.catalogue.weights", *arguments],
+            [sys.executable, "-m", "harness.cluster.catalogue.weights", *arguments],
             partial,
             f"conversion of {model.name}",
             CONVERT_S,
@@ -252,7 +252,7 @@ def _fetch(model: Model, root: Path, say: Callable[[str], None]) -> Path:
     answer = root / f".{model.name}.snapshot"
     answer.unlink(missing_ok=True)
     say(f"fetching {model.repo} at {model.revision} from the Hugging Face hub (nothing to do if it is cached)")
-    argv = [sys.executable, "-m", "cluster.catalogue.weights", "fetch", model.repo, model.revision, str(answer)]
+    argv = [sys.executable, "-m", "harness.cluster.catalogue.weights", "fetch", model.repo, model.revision, str(answer)]
     run_step(argv, root, f"download of {model.name}", FETCH_S)
     folder = Path(answer.read_text(encoding="utf-8"))
     answer.unlink()

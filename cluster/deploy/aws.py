@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from cluster.deploy.rent import Cluster, Role, first_boot
 from harness import aws
 from harness.aws import AwsError, explained
+from harness.cluster.deploy.rent import Cluster, Role, first_boot
 from harness.errors import HarnessError
 from harness.record.manifest import Tier
 

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.catalogue.models import Model
-from cluster.deploy.load_workers import Child, Job, Launch, start_here
-from cluster.deploy.placement import (
+from harness.cluster.catalogue.models import Model
+from harness.cluster.deploy.load_workers import Child, Job, Launch, start_here
+from harness.cluster.deploy.placement import (
     ACTOR_CPUS,
     NICENESS,
     Node,
@@ -28,20 +28,20 @@ from cluster.deploy.placement import (
     replica_need,
     shortage,
 )
-from cluster.deploy.ray_session import alive_nodes, connect, disconnect, head_gone, last_line
-from cluster.deploy.remote import RemoteHost, RemoteWorker
-from cluster.deploy.servers import TRIES, Failed, Reserved, ServersActor, Started
-from cluster.deploy.supervisor import CHECK_S, PartOwner, ServerHost, Supervisor
-from cluster.engines.protocol import WHOLE, Engine, Part, State
-from cluster.engines.vllm import VllmEngine
-from cluster.process.process import GRACE_S, Process
-from cluster.process.registry import reservations
+from harness.cluster.deploy.ray_session import alive_nodes, connect, disconnect, head_gone, last_line
+from harness.cluster.deploy.remote import RemoteHost, RemoteWorker
+from harness.cluster.deploy.servers import TRIES, Failed, Reserved, ServersActor, Started
+from harness.cluster.deploy.supervisor import CHECK_S, PartOwner, ServerHost, Supervisor
+from harness.cluster.engines.protocol import WHOLE, Engine, Part, State
+from harness.cluster.engines.vllm import VllmEngine
+from harness.cluster.process.process import GRACE_S, Process
+from harness.cluster.process.registry import reservations
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import OnReplicaDeath, Replica, Restart, RunDir, Tier
 from harness.record.samples import HostMetrics, host_file
 from harness.server import probe
 
-import ray  # isort: skip  # after cluster.deploy.ray_session, which sets what Ray reads when it is imported
+import ray  # isort: skip  # after harness.cluster.deploy.ray_session, which sets what Ray reads when it is imported
 from ray.exceptions import RayError  # isort: skip
 from ray.util.placement_group import placement_group, remove_placement_group  # isort: skip
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # isort: skip

@@ -1,7 +1,7 @@
 """Load workers as processes: started together, started at one instant, followed to their end, whatever they do.
 
-A worker is ``python -m scenarios.worker SPEC.json`` (its module says what the lines hold). It prints JSON lines with an
-``event`` (ready, progress, end) and reads ``start <unix_ns>`` and ``stop``. The end of its stdin means stop.
+A worker is ``python -m harness.scenarios.worker SPEC.json`` (its module says what the lines hold). It prints JSON lines
+with an ``event`` (ready, progress, end) and reads ``start <unix_ns>`` and ``stop``. The end of its stdin means stop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from cluster.process.process import GRACE_S, NO_SECRETS, Process, describe_exit
+from harness.cluster.process.process import GRACE_S, NO_SECRETS, Process, describe_exit
 from harness.errors import UsageError, WorkerError
 from harness.record.answers import KEY_BYTES, KEY_VARIABLE, PROCESS_KEY
 from harness.record.manifest import RunDir, Worker
@@ -42,7 +42,7 @@ PIECE_BYTES = 4 << 20
 POLL_S = 0.1
 GARBAGE_LINES = 10
 
-WORKER = (sys.executable, "-m", "scenarios.worker")
+WORKER = (sys.executable, "-m", "harness.scenarios.worker")
 
 
 READS, WRITES = ("plan", "tls_ca"), ("results", "observations", "answers", "captured")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from importlib.util import find_spec
 
-from cluster.process.registry import visible_gpus
+from harness.cluster.process.registry import visible_gpus
 from harness.errors import ServerError, UsageError
 from harness.record.host import cpu_flags
 from harness.record.manifest import Tier

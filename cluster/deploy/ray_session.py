@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.deploy.placement import NICENESS, Node, check_ray_address
-from cluster.process.process import Process, wait_ready
-from cluster.process.registry import holders, reservations, visible_gpus
+from harness.cluster.deploy.placement import NICENESS, Node, check_ray_address
+from harness.cluster.process.process import Process, wait_ready
+from harness.cluster.process.registry import holders, reservations, visible_gpus
 from harness.errors import ServerError, UsageError
 
 if not os.environ.get("RAY_ADDRESS"):

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.deploy.load_workers import PIECE_BYTES, READS, WRITES, Job, read_piece
-from cluster.deploy.placement import ACTOR_CPUS, Node
-from cluster.deploy.ray_session import LOST_S, Question, end_actor, last_line, on
-from cluster.process.process import GRACE_S, NO_SECRETS, Process, tail
-from cluster.process.registry import work_folder
+from harness.cluster.deploy.load_workers import PIECE_BYTES, READS, WRITES, Job, read_piece
+from harness.cluster.deploy.placement import ACTOR_CPUS, Node
+from harness.cluster.deploy.ray_session import LOST_S, Question, end_actor, last_line, on
+from harness.cluster.process.process import GRACE_S, NO_SECRETS, Process, tail
+from harness.cluster.process.registry import work_folder
 from harness.errors import HarnessError, WorkerError
 
-import ray  # isort: skip  # after cluster.deploy.ray_session, which sets what Ray reads when it is imported
+import ray  # isort: skip  # after harness.cluster.deploy.ray_session, which sets what Ray reads when it is imported
 from ray.exceptions import GetTimeoutError, RayError  # isort: skip
 
 if TYPE_CHECKING:

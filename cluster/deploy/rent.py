@@ -21,10 +21,10 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from cluster.catalogue.tiers import full_note
-from cluster.deploy.placement import NICENESS
-from cluster.process.process import Process, describe_exit
 from harness import state_dir
+from harness.cluster.catalogue.tiers import full_note
+from harness.cluster.deploy.placement import NICENESS
+from harness.cluster.process.process import Process, describe_exit
 from harness.errors import HarnessError, UsageError
 from harness.record.host import installed_versions
 from harness.record.manifest import Tier

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from cluster.deploy.load_workers import read_piece
-from cluster.deploy.placement import choose_cpus
-from cluster.engines.protocol import WHOLE, Engine, Part, State
-from cluster.process.cpu_times import CpuTimesSampler
-from cluster.process.guard import descendants
-from cluster.process.process import GRACE_S, NO_SECRETS, PortTakenError, Process, describe_exit, wait_ready
-from cluster.process.registry import (
+from harness.cluster.deploy.load_workers import read_piece
+from harness.cluster.deploy.placement import choose_cpus
+from harness.cluster.engines.protocol import WHOLE, Engine, Part, State
+from harness.cluster.process.cpu_times import CpuTimesSampler
+from harness.cluster.process.guard import descendants
+from harness.cluster.process.process import GRACE_S, NO_SECRETS, PortTakenError, Process, describe_exit, wait_ready
+from harness.cluster.process.registry import (
     exclusively,
     holders,
     name_orphans,

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.deploy.ray_session import LOST_S, Question, ask, end_actor, head_gone
-from cluster.deploy.remote import clock_offset_ns
-from cluster.deploy.servers import Failed, Look
-from cluster.engines.protocol import State
+from harness.cluster.deploy.ray_session import LOST_S, Question, ask, end_actor, head_gone
+from harness.cluster.deploy.remote import clock_offset_ns
+from harness.cluster.deploy.servers import Failed, Look
+from harness.cluster.engines.protocol import State
 from harness.record.manifest import Replica, Restart, RunDir, now_utc
 from harness.record.samples import ProcessorSeconds
 
-import ray  # isort: skip  # after cluster.deploy.ray_session, which sets what Ray reads when it is imported
+import ray  # isort: skip  # after harness.cluster.deploy.ray_session, which sets what Ray reads when it is imported
 from ray.exceptions import GetTimeoutError, RayError  # isort: skip
 
 CHECK_S = 1.0

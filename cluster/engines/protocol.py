@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from cluster.process.process import Cause
+from harness.cluster.process.process import Cause
 from harness.record.manifest import Evidence, Tier
 
 State = Literal["queued", "starting", "loading", "compiling", "ready"]

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config
-from cluster.engines.protocol import WHOLE, Command, Part, State, port_taken
-from cluster.engines.vllm import check_fit, cpu_kv_cache_gib, pipeline_parallel_size
-from cluster.hardware.engine import HardwareEngine, engine_for, refuse_windows
-from cluster.process.process import Cause
-from cluster.simulator.scheduler import VLLM, Limits
-from cluster.simulator.step_time import LinearStep
-from cluster.simulator.vllm_limits import GIB, cpu_limits
+from harness.cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config
+from harness.cluster.engines.protocol import WHOLE, Command, Part, State, port_taken
+from harness.cluster.engines.vllm import check_fit, cpu_kv_cache_gib, pipeline_parallel_size
+from harness.cluster.hardware.engine import HardwareEngine, engine_for, refuse_windows
+from harness.cluster.process.process import Cause
+from harness.cluster.simulator.scheduler import VLLM, Limits
+from harness.cluster.simulator.step_time import LinearStep
+from harness.cluster.simulator.vllm_limits import GIB, cpu_limits
 from harness.errors import UsageError
 from harness.record.manifest import Evidence, Tier
 
@@ -158,7 +158,7 @@ class SimulatedServer:
     def command(self, host: str, port: int, api_key: str, part: Part = WHOLE) -> Command:
         """The fake server."""
         argv = [
-            sys.executable, "-m", "cluster.engines.fake.server", "--host", host, "--port", str(port), "--model",
+            sys.executable, "-m", "harness.cluster.engines.fake.server", "--host", host, "--port", str(port), "--model",
             self.model.name, "--simulate", self.model.name, self.tier.name, "--serves-version", VLLM,
         ]  # fmt: skip
         if self.step is not None:

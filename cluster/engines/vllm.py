@@ -10,7 +10,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.catalogue.models import (
+from harness.cluster.catalogue.models import (
     DTYPE_BYTES,
     Model,
     for_tier,
@@ -20,11 +20,11 @@ from cluster.catalogue.models import (
     model_weight_bytes,
     tensor_parallel_sizes,
 )
-from cluster.catalogue.number_formats import QUANTIZATIONS
-from cluster.catalogue.tiers import check_accelerators
-from cluster.catalogue.weights import ensure_weights, weights_facts
-from cluster.engines.protocol import WHOLE, Command, Part, State
-from cluster.process.process import Cause
+from harness.cluster.catalogue.number_formats import QUANTIZATIONS
+from harness.cluster.catalogue.tiers import check_accelerators
+from harness.cluster.catalogue.weights import ensure_weights, weights_facts
+from harness.cluster.engines.protocol import WHOLE, Command, Part, State
+from harness.cluster.process.process import Cause
 from harness.errors import UsageError
 from harness.record.manifest import Evidence, Tier
 

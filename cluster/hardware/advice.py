@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from cluster.catalogue.models import Model, for_tier, model_config, tensor_parallel_sizes
-from cluster.engines.vllm import misfit
-from cluster.hardware.engine import HardwareEngine, engine_for
-from cluster.hardware.error import cost_range
-from cluster.simulator.replica import Workload, simulate
+from harness.cluster.catalogue.models import Model, for_tier, model_config, tensor_parallel_sizes
+from harness.cluster.engines.vllm import misfit
+from harness.cluster.hardware.engine import HardwareEngine, engine_for
+from harness.cluster.hardware.error import cost_range
+from harness.cluster.simulator.replica import Workload, simulate
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 from harness.slo import Criterion

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cluster.catalogue.models import kv_bytes_per_token
-from cluster.catalogue.number_formats import QUANTIZATIONS, Config
-from cluster.hardware.chips import Chip
-from cluster.simulator.step_time import Chunk
+from harness.cluster.catalogue.models import kv_bytes_per_token
+from harness.cluster.catalogue.number_formats import QUANTIZATIONS, Config
+from harness.cluster.hardware.chips import Chip
+from harness.cluster.simulator.step_time import Chunk
 from harness.errors import UsageError
 
 

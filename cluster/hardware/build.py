@@ -1,4 +1,4 @@
-"""Make the tables anew: ``python -m cluster.hardware.build`` (ten minutes, 1 GB of scratch disk, PyPI).
+"""Make the tables anew: ``python -m harness.cluster.hardware.build`` (ten minutes, 1 GB of scratch disk, PyPI).
 
 aiconfigurator-core is installed into an environment that is thrown away; users never have it.
 """
@@ -17,12 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from cluster.catalogue.models import architecture, architectures, list_models, tensor_parallel_sizes, weight_bytes
-from cluster.catalogue.tiers import list_tiers
-from cluster.hardware.bound import BoundStep, bound_step
-from cluster.hardware.chips import chip_of, chips
-from cluster.hardware.kernels import FOLDER, GRID, NEW, Floats, KernelStep, Tables, floor, key_of
-from cluster.simulator.step_time import Chunk
+from harness.cluster.catalogue.models import (
+    architecture,
+    architectures,
+    list_models,
+    tensor_parallel_sizes,
+    weight_bytes,
+)
+from harness.cluster.catalogue.tiers import list_tiers
+from harness.cluster.hardware.bound import BoundStep, bound_step
+from harness.cluster.hardware.chips import chip_of, chips
+from harness.cluster.hardware.kernels import FOLDER, GRID, NEW, Floats, KernelStep, Tables, floor, key_of
+from harness.cluster.simulator.step_time import Chunk
 
 PACKAGE, VERSION = "aiconfigurator-core", "0.12.0"
 SHA256 = "aadc4aad0a00bf8a61c477c62bef43de479849c3aa0b1c3078068e08309eccc4"

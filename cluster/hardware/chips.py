@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cluster.catalogue import read_catalogue
+from harness.cluster.catalogue import read_catalogue
 from harness.errors import UsageError, unknown_name
 from harness.record.manifest import Tier
 

@@ -8,15 +8,22 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-from cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config, model_weight_bytes
-from cluster.engines.vllm import tensor_parallel_size
-from cluster.hardware.bound import bound_step
-from cluster.hardware.chips import Chip, chip_of, chips
-from cluster.hardware.error import cost_range
-from cluster.hardware.kernels import Constants, Entry, KernelStep, entries, key_of, scaled
-from cluster.simulator.scheduler import VLLM, Limits
-from cluster.simulator.step_time import StepTime
-from cluster.simulator.vllm_limits import GIB, gpu_limits, graph_sizes
+from harness.cluster.catalogue.models import (
+    DTYPE_BYTES,
+    Model,
+    for_tier,
+    kv_bytes_per_token,
+    model_config,
+    model_weight_bytes,
+)
+from harness.cluster.engines.vllm import tensor_parallel_size
+from harness.cluster.hardware.bound import bound_step
+from harness.cluster.hardware.chips import Chip, chip_of, chips
+from harness.cluster.hardware.error import cost_range
+from harness.cluster.hardware.kernels import Constants, Entry, KernelStep, entries, key_of, scaled
+from harness.cluster.simulator.scheduler import VLLM, Limits
+from harness.cluster.simulator.step_time import StepTime
+from harness.cluster.simulator.vllm_limits import GIB, gpu_limits, graph_sizes
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 

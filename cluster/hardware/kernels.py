@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cluster.hardware.bound import BoundStep
-from cluster.simulator.step_time import Chunk
+from harness.cluster.hardware.bound import BoundStep
+from harness.cluster.simulator.step_time import Chunk
 
 FOLDER = Path(__file__).with_name("tables")
 Floats = npt.NDArray[np.float64]

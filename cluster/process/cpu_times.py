@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import psutil
 
-from cluster.process.guard import children
+from harness.cluster.process.guard import children
 from harness.record.samples import ProcessorSecond
 
 EVERY_S = 1.0

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.process import registry
-from cluster.process.registry import MARK
+from harness.cluster.process import registry
+from harness.cluster.process.registry import MARK
 from harness.errors import HarnessError, ServerError
 
 GUARD = Path(__file__).with_name("guard.py")

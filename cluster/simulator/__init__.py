@@ -2,6 +2,6 @@
 
 In: when requests come and how long they are, admission limits (`scheduler.Limits`), what a step costs
 (`step_time.StepTime`). Out: `replica.Outcome`. Numpy and the standard library only, deterministic, no sockets, no Ray.
-The same scheduler paces the fake server in real time (``python -m cluster.engines.fake.server --step``). Nothing here
-was measured: whatever uses a figure from here says that it is simulated.
+The same scheduler paces the fake server in real time (``python -m harness.cluster.engines.fake.server --step``).
+Nothing here was measured: whatever uses a figure from here says that it is simulated.
 """

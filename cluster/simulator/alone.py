@@ -12,8 +12,8 @@ import math
 from array import array
 from collections.abc import Sequence
 
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.step_time import Chunk, LinearStep, StepTime
+from harness.cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.step_time import Chunk, LinearStep, StepTime
 
 NO_CHUNKS: Sequence[Chunk] = ()
 NOBODY: Sequence[int] = ()

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cluster.simulator.alone import serve_alone
-from cluster.simulator.routing import Router as Router
-from cluster.simulator.routing import Routing
-from cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from cluster.simulator.step_time import Chunk, StepTime, many_steps
+from harness.cluster.simulator.alone import serve_alone
+from harness.cluster.simulator.routing import Router as Router
+from harness.cluster.simulator.routing import Routing
+from harness.cluster.simulator.scheduler import Limits, Scheduler, Sequence
+from harness.cluster.simulator.step_time import Chunk, StepTime, many_steps
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

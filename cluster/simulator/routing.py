@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Literal
 
-from cluster.simulator.scheduler import Scheduler
+from harness.cluster.simulator.scheduler import Scheduler
 
 Router = Literal["round robin", "least in flight", "session", "prefix"]
 """Each in turn; the one with the fewest (of equal ones the first); all of a session to one; or the one that was sent

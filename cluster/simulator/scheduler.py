@@ -24,10 +24,10 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 
-from cluster.simulator.blocks import ENDLESS, Block, KVCache
-from cluster.simulator.limits import Limits as Limits
-from cluster.simulator.sequence import Sequence as Sequence
-from cluster.simulator.step_time import Chunk
+from harness.cluster.simulator.blocks import ENDLESS, Block, KVCache
+from harness.cluster.simulator.limits import Limits as Limits
+from harness.cluster.simulator.sequence import Sequence as Sequence
+from harness.cluster.simulator.step_time import Chunk
 
 VLLM = "0.32.0"
 """Whose scheduling this is."""

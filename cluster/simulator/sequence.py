@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from cluster.simulator.blocks import Block
+from harness.cluster.simulator.blocks import Block
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,7 @@ asks beside these. Not here: tensor units, speculative decoding, and whatever a 
 
 from __future__ import annotations
 
-from cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.scheduler import Limits
 
 GIB = 1 << 30
 

@@ -14,7 +14,7 @@ from harness.option_types import NEW_FILE, opt
 from harness.options import AttainOption, ReadOptions
 
 if TYPE_CHECKING:
-    from cluster.hardware.advice import Offer
+    from harness.cluster.hardware.advice import Offer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,9 @@ def advise(trace: tuple[Path, ...], format_: str, reading: ReadOptions, asked: A
     model's own error (docs/ACCURACY.md). Tiers within 10 % are tied. Where only the data sheet is known the cost is
     "at least" that, and such a tier is never ranked. Says which two to measure, and with which sweep.
     """
-    from cluster.catalogue.models import get_model
-    from cluster.catalogue.tiers import get_tier, list_tiers
-    from cluster.hardware.advice import demand_of, offers, ranked, to_measure
+    from harness.cluster.catalogue.models import get_model
+    from harness.cluster.catalogue.tiers import get_tier, list_tiers
+    from harness.cluster.hardware.advice import demand_of, offers, ranked, to_measure
     from harness.slo import criteria
     from harness.trace.io import open_trace
 

@@ -115,8 +115,8 @@ def capacity(trace: Path, out: Path, resume: str | None, asked: ReplayOptions, s
 def _spec(trace: Path, search: SearchOptions, options: ReplayOptions) -> SweepSpec:
     import msgspec
 
-    from cluster.catalogue.models import DEFAULT_MODEL
-    from cluster.catalogue.tiers import DEFAULT_TIER
+    from harness.cluster.catalogue.models import DEFAULT_MODEL
+    from harness.cluster.catalogue.tiers import DEFAULT_TIER
     from harness.sweep.spec import Loads, SweepSpec
 
     own = ("base_urls", "model", "tier", "replicas", "seed", "ratio", "format_")
@@ -135,8 +135,8 @@ def _spec(trace: Path, search: SearchOptions, options: ReplayOptions) -> SweepSp
 
 
 def _print(report: CapacityReport, criteria: Sequence[Criterion], format_: str) -> None:
-    from analysis.report.capacity_text import capacity_sections, probe_section
-    from analysis.report.document import Section
+    from harness.analysis.report.capacity_text import capacity_sections, probe_section
+    from harness.analysis.report.document import Section
 
     cost = f", {report.usd:.4f} USD" if report.usd is not None else ""
     took = f"The search took {len(report.probes)} probes and {report.hours:.2f} h of servers{cost}."

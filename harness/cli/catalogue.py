@@ -18,7 +18,7 @@ from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, UsageError
 from harness.option_types import NEW_FILE, Parsed, opt
 
 if TYPE_CHECKING:
-    from cluster.deploy.rent import Provider
+    from harness.cluster.deploy.rent import Provider
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,13 @@ def tiers(ctx: click.Context, format_: str) -> int:
         return EXIT_VALID
     import msgspec
 
-    from cluster.catalogue.tiers import full_note, list_tiers, price_age_days, price_note, usd_per_accelerator_hour
+    from harness.cluster.catalogue.tiers import (
+        full_note,
+        list_tiers,
+        price_age_days,
+        price_note,
+        usd_per_accelerator_hour,
+    )
 
     known = list_tiers()
     rows = [
@@ -88,8 +94,8 @@ def refresh(format_: str, asked: RefreshOptions) -> int:
     """
     import msgspec
 
-    from cluster.catalogue.prices import refresh
-    from cluster.catalogue.tiers import own_file, write_tiers
+    from harness.cluster.catalogue.prices import refresh
+    from harness.cluster.catalogue.tiers import own_file, write_tiers
 
     file = asked.out or own_file()
     changes = refresh(
@@ -129,8 +135,8 @@ def models(fetch: str | None, format_: str) -> int:
     """
     import msgspec
 
-    from cluster.catalogue import models as catalogue
-    from cluster.catalogue.weights import ensure_weights
+    from harness.cluster.catalogue import models as catalogue
+    from harness.cluster.catalogue.weights import ensure_weights
 
     if fetch:
         print(ensure_weights(catalogue.get_model(fetch), say=say))
@@ -168,7 +174,7 @@ def _cidr(text: str) -> str:
 
 
 def _provider(name: str) -> Provider:
-    from cluster.deploy.aws import Aws
+    from harness.cluster.deploy.aws import Aws
 
     if name != "aws":
         raise UsageError(
@@ -220,9 +226,9 @@ def up(asked: RentOptions) -> int:
     of harness, engine and Ray as here. Needs AWS credentials that may use EC2, IAM (Ray makes a role for the head), SSM
     and STS.
     """
-    from cluster.catalogue.tiers import get_tier
-    from cluster.deploy import rent
-    from cluster.deploy.aws import HEAD_TIER
+    from harness.cluster.catalogue.tiers import get_tier
+    from harness.cluster.deploy import rent
+    from harness.cluster.deploy.aws import HEAD_TIER
 
     workers = get_tier(asked.tier)
     provider = _provider(workers.provider)
@@ -261,7 +267,7 @@ def up(asked: RentOptions) -> int:
 @JSON_OPTION
 def status(name: str | None, format_: str) -> int:
     """Show the clusters that were rented from this machine: workers that run, dollars so far at most."""
-    from cluster.deploy import rent
+    from harness.cluster.deploy import rent
 
     now, rows = datetime.now(UTC), []
     for one in [rent.choose(name)] if name else rent.known_clusters():
@@ -289,7 +295,7 @@ def down(name: str | None) -> int:
 
     Exit status 0 only when AWS shows nothing of it any more; else what is left is listed, and the status is 1.
     """
-    from cluster.deploy import rent
+    from harness.cluster.deploy import rent
 
     chosen = rent.choose(name)
     return EXIT_VALID if rent.down(chosen, _provider(chosen.tier.provider), say) else EXIT_FAILURE

@@ -26,7 +26,7 @@ from harness.errors import EXIT_FAILURE, EXIT_VALID, UsageError, unknown_name
 from harness.option_types import DURATION
 
 if TYPE_CHECKING:
-    from cluster.process.registry import Entry
+    from harness.cluster.process.registry import Entry
 
 ORDER = ("load worker", "replica", "Ray")
 """Kinds in the order they are ended: what depends on another before it. Anything else comes first."""
@@ -39,7 +39,7 @@ CPU_REPLICA_GIB = 4.0
 def hot_path() -> str:
     """How load workers of this installation read: "compiled", or "python" where that could not be built."""
     try:
-        import scenarios.client._reader  # type: ignore  # noqa: F401
+        import harness.scenarios.client._reader  # type: ignore  # noqa: F401
     except ImportError:
         return "python"
     return "python" if os.environ.get("HARNESS_INTERPRETED") else "compiled"
@@ -183,9 +183,9 @@ def calibrate(format_: str) -> int:
     and how far TTFT and ITL are from the truth at half of the ceiling. The result is kept in the cache; runs are then
     given as many load workers as their plan needs, and a plan that this machine cannot carry is said before it starts.
     """
-    from cluster.calibrate import calibrate as measure
     from harness import cache_dir
     from harness.calibration import write_calibration
+    from harness.cluster.calibrate import calibrate as measure
 
     found = measure(say, hot_path=hot_path())
     path = write_calibration(cache_dir(), found)
@@ -309,7 +309,7 @@ def _rank(entry: Entry) -> int:
 def _cluster() -> AbstractContextManager[None]:
     if not os.environ.get("RAY_ADDRESS"):
         return nullcontext()
-    from cluster.deploy.ray_session import joined
+    from harness.cluster.deploy.ray_session import joined
 
     return joined(say)
 
@@ -318,7 +318,7 @@ def _each_host(function: Callable[..., list[Any]], *args: Any, timeout_s: float 
     """What ``function`` returned on every host that answers; on this machine alone without a cluster."""
     if not os.environ.get("RAY_ADDRESS"):
         return [function(*args)]
-    from cluster.deploy.ray_session import alive_nodes, on_each
+    from harness.cluster.deploy.ray_session import alive_nodes, on_each
 
     nodes = alive_nodes()
     answers = on_each(nodes, function, *args, timeout_s=timeout_s)
@@ -335,14 +335,14 @@ def _found() -> list[_Running]:
 
 def _running() -> list[_Running]:
     """What runs on this host; orphans and reservations are told here, where the pids mean something."""
-    from cluster.process.registry import reservations, running
+    from harness.cluster.process.registry import reservations, running
 
     holds = {(one.owner, one.name): one.words for one in reservations()}
     return [_Running(entry, entry.orphan, holds.get((entry.owner, entry.name))) for entry in running()]
 
 
 def _end(ids: list[str], grace_s: float) -> list[str]:
-    from cluster.process.registry import end, running
+    from harness.cluster.process.registry import end, running
 
     here = [entry for entry in running() if entry.id in ids]
     with ThreadPoolExecutor(max_workers=32) as pool:

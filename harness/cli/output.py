@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from harness.terminal import cut
 
 if TYPE_CHECKING:
-    from analysis.report.document import Section
+    from harness.analysis.report.document import Section
     from harness.console import Console
 
 
@@ -70,10 +70,10 @@ def present(
     """A result on stdout: the document as JSON, its tables as CSV, or its sections as Markdown or text; and in ``html``
     as a page of a verb that stands alone, which replaces an earlier one.
     """
-    from analysis.report.document import render_csv, render_markdown, render_text
+    from harness.analysis.report.document import render_csv, render_markdown, render_text
 
     if html is not None:
-        from analysis.report.page import write_sections_page
+        from harness.analysis.report.page import write_sections_page
         from harness.record.manifest import now_utc
 
         say_page(html, write_sections_page(html, verb, sections, now_utc()))

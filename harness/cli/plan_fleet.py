@@ -18,11 +18,11 @@ from harness.option_types import COUNT, GROWTH, SHARE, opt
 from harness.options import AttainOption, ReadOptions
 
 if TYPE_CHECKING:
-    from analysis.arrays import Ints
-    from analysis.capacity.fitted_engine import FittedEngine, Requests, ServedTimes
-    from analysis.capacity.fleet import Kept, Schedule, TrafficDemand
-    from analysis.capacity.serving_config import ServingConfig
-    from analysis.capacity.simulated_fleet import SimulatedFleet
+    from harness.analysis.arrays import Ints
+    from harness.analysis.capacity.fitted_engine import FittedEngine, Requests, ServedTimes
+    from harness.analysis.capacity.fleet import Kept, Schedule, TrafficDemand
+    from harness.analysis.capacity.serving_config import ServingConfig
+    from harness.analysis.capacity.simulated_fleet import SimulatedFleet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +74,9 @@ def plan_fleet(
     where no engine can be fitted. Spare instances for availability; fixed against autoscaled over the trace's own
     time; what another SLO changes; the cheapest tier and the runner-up.
     """
-    from analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
-    from analysis.capacity.serving_config import serving_configs
-    from analysis.report.fleet import fleet_sections
+    from harness.analysis.capacity.fleet_plan import Wanted, grown, plan_fleets
+    from harness.analysis.capacity.serving_config import serving_configs
+    from harness.analysis.report.fleet import fleet_sections
     from harness.record.manifest import now_utc
 
     if asked.availability is not None and not asked.availability < 1:
@@ -114,9 +114,9 @@ class _Replays:
 
     def fleet(self, system: ServingConfig, factor: float, likely: int) -> SimulatedFleet:
         """The smallest that keeps the SLO of a system."""
-        from analysis.capacity.fitted_engine import NotFittedError, observe
-        from analysis.capacity.simulated_fleet import size_fleet
-        from analysis.rows.read import read_run
+        from harness.analysis.capacity.fitted_engine import NotFittedError, observe
+        from harness.analysis.capacity.simulated_fleet import size_fleet
+        from harness.analysis.rows.read import read_run
         from harness.cli.output import say
 
         if self.demand is None:
@@ -132,7 +132,7 @@ class _Replays:
         self, system: ServingConfig, fitted: FittedEngine, factor: float, plan: Schedule, spares: int, per_instance: int
     ) -> Kept:
         """How a fleet that follows the demand keeps the SLO."""
-        from analysis.capacity.simulated_fleet import follow
+        from harness.analysis.capacity.simulated_fleet import follow
 
         assert self.demand is not None, "an engine was fitted to replay it"
         return follow(
@@ -158,8 +158,8 @@ def read_demand(path: Path, reading: ReadOptions) -> TraceDemand:
     """
     import numpy as np
 
-    from analysis.capacity.fitted_engine import Requests
-    from analysis.capacity.fleet import demand
+    from harness.analysis.capacity.fitted_engine import Requests
+    from harness.analysis.capacity.fleet import demand
     from harness.trace.io import open_asked
 
     trace = open_asked(path, reading, arrivals_only=True)
@@ -186,10 +186,10 @@ def read_demand(path: Path, reading: ReadOptions) -> TraceDemand:
 
 def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> ServedTimes:
     """The project's own engine with the fitted step (`analysis.capacity.fitted_engine.Engine`)."""
-    from analysis.capacity.fitted_engine import ServedTimes
-    from cluster.simulator.replica import Workload, simulate
-    from cluster.simulator.scheduler import Limits
-    from cluster.simulator.step_time import LinearStep
+    from harness.analysis.capacity.fitted_engine import ServedTimes
+    from harness.cluster.simulator.replica import Workload, simulate
+    from harness.cluster.simulator.scheduler import Limits
+    from harness.cluster.simulator.step_time import LinearStep
 
     step = LinearStep(fitted.base_s, fitted.per_sequence_s, fitted.per_prompt_token_s)
     load = Workload(

@@ -20,11 +20,11 @@ from harness.option_types import FILE, RATIO, SHARE_OR_NONE, opt
 from harness.options import JudgeOptions
 
 if TYPE_CHECKING:
-    from analysis.pricing.list_prices import PriceMap
-    from analysis.pricing.rate_card import RateCard
-    from analysis.pricing.terms import Terms
-    from analysis.rows.read import Run
-    from analysis.summary import Summary
+    from harness.analysis.pricing.list_prices import PriceMap
+    from harness.analysis.pricing.rate_card import RateCard
+    from harness.analysis.pricing.terms import Terms
+    from harness.analysis.rows.read import Run
+    from harness.analysis.summary import Summary
     from harness.record.manifest import Tier
 
 DEFAULT_MARGIN = 0.4
@@ -88,12 +88,12 @@ def price(runs: Sequence[str], format_: str, html: Path | None, asked: PriceOpti
     RUN_OR_FOLDER is a run directory, a folder of runs (a sweep, a search for capacity) or a quoted pattern. Of several
     loads the price is quoted at the highest one that keeps the SLO, between two measured loads; of one, at that one.
     """
-    from analysis.cost.cost import DEFAULT_UTILISATION
-    from analysis.pricing.list_prices import family, find_list_prices, read_list_prices
-    from analysis.pricing.rate_card import SCHEMA, PriceReport, charge, compare_with_api
-    from analysis.pricing.terms import Terms, declared, parse_volume
-    from analysis.report.decisions import price_sections
-    from analysis.summary import measured_splits
+    from harness.analysis.cost.cost import DEFAULT_UTILISATION
+    from harness.analysis.pricing.list_prices import family, find_list_prices, read_list_prices
+    from harness.analysis.pricing.rate_card import SCHEMA, PriceReport, charge, compare_with_api
+    from harness.analysis.pricing.terms import Terms, declared, parse_volume
+    from harness.analysis.report.decisions import price_sections
+    from harness.analysis.summary import measured_splits
     from harness.record.manifest import now_utc
 
     today = datetime.now(UTC).date()
@@ -160,7 +160,7 @@ def _open_first(decided: Sequence[RateCard]) -> list[RateCard]:
 
 
 def _assumptions(terms: Terms, prices: PriceMap, today: date, asked: PriceOptions) -> list[str]:
-    from analysis.price_age import age_days, is_old
+    from harness.analysis.price_age import age_days, is_old
 
     default = " (not given: the default, an opinion)"
     sold, margin = ("" if given is not None else default for given in (asked.utilisation, asked.margin))
@@ -181,7 +181,7 @@ def _assumptions(terms: Terms, prices: PriceMap, today: date, asked: PriceOption
 
 
 def _new_prices(file: Path | None, stated: Sequence[str], runs: Sequence[Summary]) -> dict[str, Tier]:
-    from cluster.catalogue.tiers import read_tiers
+    from harness.cluster.catalogue.tiers import read_tiers
 
     known = {s.tier.name: s.tier for s in runs if s.tier is not None}
     found: dict[str, Tier] = {}
@@ -205,7 +205,7 @@ _TIER_PRICE = re.compile(
 
 def parse_tier_price(text: str, known: Mapping[str, Tier]) -> tuple[str, Tier]:
     """A run's tier with the price of ``NAME=USD@SOURCE@DATE[@PURCHASE]``. Raises `UsageError`."""
-    from cluster.catalogue.tiers import price_age_days
+    from harness.cluster.catalogue.tiers import price_age_days
 
     said = _TIER_PRICE.fullmatch(text)
     if said is not None and said["name"] not in known:

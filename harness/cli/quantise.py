@@ -52,12 +52,12 @@ def quantise(
     own, since llm-compressor and vLLM cannot share one. Records that were used are written into the folder by their
     hash, and no audit of that model grades them, nor the rest of their sessions.
     """
-    from cluster.catalogue.models import get_model
-    from cluster.catalogue.quantise import quantise as made_of
-    from cluster.catalogue.quantise import steps
-    from cluster.catalogue.rounding import GROUP
-    from cluster.catalogue.weights import ensure_weights
     from harness.audit.records import prompt_sha256
+    from harness.cluster.catalogue.models import get_model
+    from harness.cluster.catalogue.quantise import quantise as made_of
+    from harness.cluster.catalogue.quantise import steps
+    from harness.cluster.catalogue.rounding import GROUP
+    from harness.cluster.catalogue.weights import ensure_weights
 
     if to == "int8" and group is not None:
         raise UsageError("--group: int8 has one scale for each output channel")

@@ -27,8 +27,8 @@ from harness.options import JudgeOptions, ReportOptions
 from harness.terminal import Verbosity, verbosity
 
 if TYPE_CHECKING:
-    from analysis.capacity.serving_config import ServingConfig
-    from analysis.summary import Summary
+    from harness.analysis.capacity.serving_config import ServingConfig
+    from harness.analysis.summary import Summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +62,8 @@ def report(runs: Sequence[Path], asked: RunsReport) -> int:
     """Report on a run directory: verdict, price, latency under load, throughput, errors."""
     paths = find_runs(*runs)
     if asked.html is not None:
-        from analysis.capacity.serving_config import serving_configs
-        from analysis.summary import exit_code
+        from harness.analysis.capacity.serving_config import serving_configs
+        from harness.analysis.summary import exit_code
 
         summaries = write_page_of(
             paths, asked.html, ratio=asked.ratio, slo=asked.slo, attain=asked.attain, min_requests=asked.min_requests
@@ -81,9 +81,9 @@ def report_run(
     path: Path, shown: ReportOptions, slo: Mapping[str, float] | None, min_requests: int | None = None
 ) -> int:
     """Run directory -> report on stdout."""
-    from analysis.report.run import render_json, render_markdown, render_text
-    from analysis.rows.read import read_run
-    from analysis.summary import exit_code, summarise
+    from harness.analysis.report.run import render_json, render_markdown, render_text
+    from harness.analysis.rows.read import read_run
+    from harness.analysis.summary import exit_code, summarise
     from harness.console import Console
 
     summary = summarise(read_run(path), slo=slo, ratio=shown.ratio, attain=shown.attain, min_requests=min_requests)
@@ -97,9 +97,9 @@ def report_run(
 
 def _report_variant(path: Path, name: str, format_: str) -> int:
     """Run directory -> its figures as another tool defines them. They carry no verdict and no interval of ours."""
-    from analysis.compare.variants import variant_of
-    from analysis.report.figures import figure
-    from analysis.rows.read import read_run
+    from harness.analysis.compare.variants import variant_of
+    from harness.analysis.report.figures import figure
+    from harness.analysis.rows.read import read_run
 
     found = variant_of(name, read_run(path))
     if format_ == "json":
@@ -118,9 +118,9 @@ def _report_variant(path: Path, name: str, format_: str) -> int:
 
 def write_page_of(runs: Sequence[Path], html: Path, **judge: Any) -> list[Summary]:
     """Write the page of these runs; their summaries."""
-    from analysis.labels import label_runs
-    from analysis.report.page import write_page
-    from analysis.report.view import view_run
+    from harness.analysis.labels import label_runs
+    from harness.analysis.report.page import write_page
+    from harness.analysis.report.view import view_run
 
     labels = iter(label_runs(runs))
     views = judged(runs, lambda run, found: view_run(run, found, next(labels)), **judge)
@@ -129,9 +129,9 @@ def write_page_of(runs: Sequence[Path], html: Path, **judge: Any) -> list[Summar
 
 
 def _report_several(paths: Sequence[Path], asked: RunsReport) -> int:
-    from analysis.capacity.serving_config import SCHEMA, serving_configs
-    from analysis.report.capacity_text import capacity_sections, sentence
-    from analysis.report.document import Section
+    from harness.analysis.capacity.serving_config import SCHEMA, serving_configs
+    from harness.analysis.report.capacity_text import capacity_sections, sentence
+    from harness.analysis.report.document import Section
     from harness.record.manifest import now_utc
 
     judge = {"slo": asked.slo, "attain": asked.attain, "min_requests": asked.min_requests}
@@ -171,7 +171,7 @@ ttft_s, tpot_s, e2e_s, lag_s. The ending of the file says the format: .parquet, 
 @click.option("-o", "--output", required=True, type=NEW_FILE, help="File to write; an earlier one is replaced.")
 def export(runs: Sequence[Path], output: Path) -> int:
     """Write the rows of run directories into one file that DuckDB, Polars, pandas and spreadsheets read as it is."""
-    from analysis.report.export import export_runs
+    from harness.analysis.report.export import export_runs
 
     rows = export_runs(find_runs(*runs), output, say)
     say(f"{output}: {rows:,} rows, {output.stat().st_size / 1e6:.1f} MB")
@@ -210,9 +210,9 @@ def compare(a: str, b: str | None, fail_if: Sequence[str], format_: str, html: P
     Same trace, load, seed, SLO and evidence, or there is no comparison. Tier, price, model, engine and its arguments
     may differ and are named. Requests are paired by id, repeats by seed.
     """
-    from analysis.compare import compare as paired
-    from analysis.compare.paired import observe
-    from analysis.report.decisions import comparison_sections
+    from harness.analysis.compare import compare as paired
+    from harness.analysis.compare.paired import observe
+    from harness.analysis.report.decisions import comparison_sections
 
     gates = [paired.parse_gate(text) for text in fail_if]
     for text in filter(None, (a, b)):
@@ -256,11 +256,11 @@ def open_(folder: Path, most: int) -> int:
     import tempfile
     import webbrowser
 
-    from analysis.labels import label_runs
-    from analysis.report.page import write_page
-    from analysis.report.view import view_run
-    from analysis.rows.read import read_run
-    from analysis.summary import summarise
+    from harness.analysis.labels import label_runs
+    from harness.analysis.report.page import write_page
+    from harness.analysis.report.view import view_run
+    from harness.analysis.rows.read import read_run
+    from harness.analysis.summary import summarise
     from harness.record.manifest import MANIFEST
 
     found = sorted((file.parent for file in folder.rglob(MANIFEST)), key=lambda run: run.name, reverse=True)

@@ -11,8 +11,8 @@ from harness.cli.output import say
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_VALID, ResultsError, UsageError
 
 if TYPE_CHECKING:
-    from analysis.rows.read import Run
-    from analysis.summary import Summary
+    from harness.analysis.rows.read import Run
+    from harness.analysis.summary import Summary
     from harness.sweep.state import SweepState
 
 Made = TypeVar("Made")
@@ -101,8 +101,8 @@ def judged(paths: Sequence[Path], use: Callable[[Run, Summary], Made], **judge: 
     """What is made of each run and its summary (``judge``: as `analysis.summary.summarise` takes it), one run in memory
     at a time. Raises `UsageError` when one is named twice.
     """
-    from analysis.rows.read import read_run
-    from analysis.summary import summarise
+    from harness.analysis.rows.read import read_run
+    from harness.analysis.summary import summarise
 
     def one(run: Run) -> Made:
         return use(run, summarise(run, **judge))

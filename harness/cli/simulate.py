@@ -54,12 +54,12 @@ def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, how: Rout
     price and compare read it: every figure says that it is simulated. Not simulated: disaggregated prefill,
     speculative decoding, LoRA, sliding windows, pipeline and expert parallelism.
     """
-    from cluster.catalogue.models import DEFAULT_MODEL, get_model
-    from cluster.catalogue.tiers import get_tier
-    from cluster.engines.simulated import simulated_engine
-    from cluster.simulator.step_time import LinearStep
     from harness.cli.results import report_run
     from harness.cli.simulation import Subject, make_bare_plan, simulate_plan
+    from harness.cluster.catalogue.models import DEFAULT_MODEL, get_model
+    from harness.cluster.catalogue.tiers import get_tier
+    from harness.cluster.engines.simulated import simulated_engine
+    from harness.cluster.simulator.step_time import LinearStep
     from harness.record.manifest import create_run_dir
     from harness.store.copies import split_out
     from harness.store.follow import mirrored

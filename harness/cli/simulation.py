@@ -14,13 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.catalogue.models import Model
-from cluster.engines.simulated import NAME, limit_args
-from cluster.hardware.engine import HardwareEngine
-from cluster.simulator.blocks import block_keys
-from cluster.simulator.replica import Outcomes, Router, Sample, Workload, simulate
-from cluster.simulator.scheduler import VLLM, Limits
 from harness.cli.output import say
+from harness.cluster.catalogue.models import Model
+from harness.cluster.engines.simulated import NAME, limit_args
+from harness.cluster.hardware.engine import HardwareEngine
+from harness.cluster.simulator.blocks import block_keys
+from harness.cluster.simulator.replica import Outcomes, Router, Sample, Workload, simulate
+from harness.cluster.simulator.scheduler import VLLM, Limits
 from harness.errors import UsageError
 from harness.options import ReplayOptions, RouterName
 from harness.plan.build import build_plan

@@ -32,7 +32,7 @@ from harness.options import PlanOptions, ReplayOptions
 from harness.store.objects import as_url, is_url
 
 if TYPE_CHECKING:
-    from cluster.catalogue.models import Model
+    from harness.cluster.catalogue.models import Model
     from harness.record.manifest import Tier
     from harness.sweep.cost import TraceLoad
     from harness.sweep.spec import SweepSpec
@@ -231,8 +231,8 @@ def same_trace(state: SweepState, sha256: str, path: Path) -> None:
 
 def check(spec: SweepSpec, options: ReplayOptions) -> list[Tier | None]:
     """Refuse before anything is rented what can be known to be wrong; the tier of every pair."""
-    from cluster.catalogue.models import get_model
-    from cluster.catalogue.tiers import get_tier
+    from harness.cluster.catalogue.models import get_model
+    from harness.cluster.catalogue.tiers import get_tier
     from harness.plan.spec import asked_plan, check_spec
     from harness.server.access import normalise_base_url
     from harness.sweep.spec import levels, pairs
@@ -264,9 +264,9 @@ def check(spec: SweepSpec, options: ReplayOptions) -> list[Tier | None]:
 
 
 def _fit(model: Model, tier: Tier) -> Tier:
-    from cluster.catalogue.models import for_tier
-    from cluster.engines.vllm import check_fit, hosts_per_replica
     from harness.cli.runner.targets import rented
+    from harness.cluster.catalogue.models import for_tier
+    from harness.cluster.engines.vllm import check_fit, hosts_per_replica
 
     check_fit(model, tier)
     return rented(tier, hosts_per_replica(for_tier(model, tier.accelerator), tier))

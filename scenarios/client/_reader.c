@@ -176,7 +176,7 @@ static PyType_Slot pattern_slots[] = {
     {0},
 };
 
-static PyType_Spec pattern_spec = {"scenarios.client._reader.Pattern", sizeof(Pattern), 0, Py_TPFLAGS_DEFAULT, pattern_slots};
+static PyType_Spec pattern_spec = {"harness.scenarios.client._reader.Pattern", sizeof(Pattern), 0, Py_TPFLAGS_DEFAULT, pattern_slots};
 
 /* -- ReceiveBuffer ------------------------------------------------------------------------------------------------- */
 
@@ -341,7 +341,7 @@ static PyType_Slot buffer_slots[] = {
     {0},
 };
 
-static PyType_Spec buffer_spec = {"scenarios.client._reader.ReceiveBuffer", sizeof(Buffer), 0, Py_TPFLAGS_DEFAULT, buffer_slots};
+static PyType_Spec buffer_spec = {"harness.scenarios.client._reader.ReceiveBuffer", sizeof(Buffer), 0, Py_TPFLAGS_DEFAULT, buffer_slots};
 
 /* -- Reader -------------------------------------------------------------------------------------------------------- */
 
@@ -766,7 +766,7 @@ static PyType_Slot reader_slots[] = {
     {0},
 };
 
-static PyType_Spec reader_spec = {"scenarios.client._reader.Reader", sizeof(Reader), 0, Py_TPFLAGS_DEFAULT, reader_slots};
+static PyType_Spec reader_spec = {"harness.scenarios.client._reader.Reader", sizeof(Reader), 0, Py_TPFLAGS_DEFAULT, reader_slots};
 
 /* -- the module ---------------------------------------------------------------------------------------------------- */
 

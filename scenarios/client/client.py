@@ -20,14 +20,14 @@ import gevent
 from harness.errors import UsageError
 from harness.record.results import Result
 from harness.record.run_spec import BATCH_READS_FROM, RunSpec
+from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.connection import Connection
+from harness.scenarios.client.endpoint import ENDPOINTS, Endpoint, tls_context
+from harness.scenarios.client.in_flight import InFlight, OnAnswer, ParseQueue, Sampler, parse
+from harness.scenarios.client.pool import Pool
+from harness.scenarios.client.reader import Reader, ReadPacer, ReceiveBuffer
 from harness.server.access import check_headers
 from harness.server.question import retry_after_s
-from scenarios.client.completion import Answer
-from scenarios.client.connection import Connection
-from scenarios.client.endpoint import ENDPOINTS, Endpoint, tls_context
-from scenarios.client.in_flight import InFlight, OnAnswer, ParseQueue, Sampler, parse
-from scenarios.client.pool import Pool
-from scenarios.client.reader import Reader, ReadPacer, ReceiveBuffer
 
 # How often each request in flight is checked: eight times within the shortest timeout, within these limits.
 _SWEEP_S, _SWEEP_LEAST_S = 0.5, 0.05

@@ -9,7 +9,7 @@ from array import array
 from itertools import compress
 
 from harness.record.results import Result
-from scenarios.client.events import (
+from harness.scenarios.client.events import (
     BOM,
     UNDECODABLE,
     Choice,

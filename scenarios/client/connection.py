@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import gevent.monkey
 
-from scenarios.client.endpoint import Endpoint
-from scenarios.client.in_flight import InFlight
-from scenarios.client.reader import ANCILLARY_SIZE, COMPILED, READ_SIZE, SO_TIMESTAMPNS, Reader, arrived_ns
+from harness.scenarios.client.endpoint import Endpoint
+from harness.scenarios.client.in_flight import InFlight
+from harness.scenarios.client.reader import ANCILLARY_SIZE, COMPILED, READ_SIZE, SO_TIMESTAMPNS, Reader, arrived_ns
 
 if TYPE_CHECKING:
     import socket

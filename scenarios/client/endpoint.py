@@ -11,9 +11,9 @@ import gevent.monkey
 from harness import __version__
 from harness.errors import UsageError
 from harness.record.run_spec import AUTHORIZATION
+from harness.scenarios.client.fast_path import Shape
 from harness.server.access import Access, check_key_header
 from harness.server.question import PORTS, split_url
-from scenarios.client.fast_path import Shape
 
 _getaddrinfo: Any = gevent.monkey.get_original("socket", "getaddrinfo")
 _SSLContext: Any = gevent.monkey.get_original("ssl", "SSLContext")

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from scenarios.client.completion import Answer, Completion
-from scenarios.client.http1 import MEANS, USUAL, read_head
-from scenarios.client.reader import Pattern
+from harness.scenarios.client.completion import Answer, Completion
+from harness.scenarios.client.http1 import MEANS, USUAL, read_head
+from harness.scenarios.client.reader import Pattern
 
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)" ?: ?"')
 # Values that are never read, so that any other of the same length means the same: strings of letters and digits, and

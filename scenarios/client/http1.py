@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from harness.record.results import Result
-from scenarios.client.completion import Answer, Completion, Secret, fill
-from scenarios.client.events import BOM, decode_texts, is_text
+from harness.scenarios.client.completion import Answer, Completion, Secret, fill
+from harness.scenarios.client.events import BOM, decode_texts, is_text
 
 MEANS = frozenset(["connection", "content-encoding", "content-length", "content-type", "location", "transfer-encoding"])
 """Headers that are read; whatever others say changes nothing."""

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from harness.record.answers import SAMPLE, Said
 from harness.record.results import Result
-from scenarios.client.completion import Answer, Secret, clean
-from scenarios.client.endpoint import Endpoint
-from scenarios.client.fast_path import Shape, Template
-from scenarios.client.http1 import Response
-from scenarios.client.reader import ReceiveBuffer
+from harness.scenarios.client.completion import Answer, Secret, clean
+from harness.scenarios.client.endpoint import Endpoint
+from harness.scenarios.client.fast_path import Shape, Template
+from harness.scenarios.client.http1 import Response
+from harness.scenarios.client.reader import ReceiveBuffer
 
 OnAnswer = Callable[[Result, Answer], None]
 """Called with the row of a request that ended, and the text received until then."""

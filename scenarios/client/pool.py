@@ -10,10 +10,10 @@ import gevent
 
 from harness.errors import UsageError
 from harness.record.run_spec import Balance
-from scenarios.client.completion import clean
-from scenarios.client.connection import Connection, Owner
-from scenarios.client.endpoint import Endpoint
-from scenarios.client.in_flight import InFlight
+from harness.scenarios.client.completion import clean
+from harness.scenarios.client.connection import Connection, Owner
+from harness.scenarios.client.endpoint import Endpoint
+from harness.scenarios.client.in_flight import InFlight
 
 BALANCES: tuple[Balance, ...] = get_args(Balance)
 """How a request finds its server: "least", the one with the least of this client's requests in flight; "round-robin",

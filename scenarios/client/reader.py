@@ -30,7 +30,7 @@ import gevent
 import gevent.monkey
 
 from harness.record.run_spec import BATCH_READS_EVERY_NS, BATCH_READS_FROM
-from scenarios.client.timers import Ticker
+from harness.scenarios.client.timers import Ticker
 
 _epoll: Any = gevent.monkey.get_original("select", "epoll")
 
@@ -223,7 +223,7 @@ ReceiveBuffer = PythonReceiveBuffer
 Reader = PythonReader
 if not TYPE_CHECKING and not os.environ.get("HARNESS_INTERPRETED"):
     try:
-        from scenarios.client import _reader
+        from harness.scenarios.client import _reader
     except ImportError:
         pass  # there was no C compiler when this was installed
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.hardware.kernels import Constants
+from harness.cluster.hardware.kernels import Constants
 from tests.accuracy.fit import Floats, sensitivities, simulate_all, step
 from tests.accuracy.open_loop import compare, over_bound
 from tests.accuracy.page import write

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.hardware.build import collect, install, smoothed
-from cluster.hardware.kernels import GRID, Tables
+from harness.cluster.hardware.build import collect, install, smoothed
+from harness.cluster.hardware.kernels import GRID, Tables
 
 HERE = Path(__file__).parent
 STEP_TOKENS = 8192

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cluster.hardware.kernels import Constants
+from harness.cluster.hardware.kernels import Constants
 
 Floats = npt.NDArray[np.float64]
 R = TypeVar("R")

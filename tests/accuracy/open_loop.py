@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.catalogue.models import architecture, get_model
-from cluster.catalogue.tiers import get_tier
-from cluster.hardware.bound import bound_step
-from cluster.hardware.chips import chips
-from cluster.hardware.engine import HardwareEngine, engine_for
-from cluster.simulator.scheduler import Limits
+from harness.cluster.catalogue.models import architecture, get_model
+from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.hardware.bound import bound_step
+from harness.cluster.hardware.chips import chips
+from harness.cluster.hardware.engine import HardwareEngine, engine_for
+from harness.cluster.simulator.scheduler import Limits
 from harness.errors import UsageError
 from tests.accuracy.replay import serve
 

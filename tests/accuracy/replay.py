@@ -9,9 +9,9 @@ from collections.abc import Sequence as Items
 import numpy as np
 import numpy.typing as npt
 
-from cluster.hardware.engine import HardwareEngine
-from cluster.simulator.replica import SimulatedReplica
-from cluster.simulator.scheduler import Sequence
+from harness.cluster.hardware.engine import HardwareEngine
+from harness.cluster.simulator.replica import SimulatedReplica
+from harness.cluster.simulator.scheduler import Sequence
 
 Floats = npt.NDArray[np.float64]
 

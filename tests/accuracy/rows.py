@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.hardware.engine import HardwareEngine
-from cluster.hardware.kernels import Constants, KernelStep, Tables
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.vllm_limits import graph_sizes
+from harness.cluster.hardware.engine import HardwareEngine
+from harness.cluster.hardware.kernels import Constants, KernelStep, Tables
+from harness.cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.vllm_limits import graph_sizes
 from tests.accuracy.replay import serve
 
 HERE = Path(__file__).parent

@@ -8,10 +8,10 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-from cluster.catalogue.models import get_model
-from cluster.catalogue.tiers import list_tiers
-from cluster.hardware.advice import Demand, Offer, demand_of, offers
-from cluster.simulator.scheduler import VLLM
+from harness.cluster.catalogue.models import get_model
+from harness.cluster.catalogue.tiers import list_tiers
+from harness.cluster.hardware.advice import Demand, Offer, demand_of, offers
+from harness.cluster.simulator.scheduler import VLLM
 from harness.slo import criteria
 from harness.trace.io import open_trace
 

@@ -127,9 +127,9 @@ def _results(path: Path, worker: int, workers: int, due: np.ndarray, tokens: int
 
 def summary(path: Path) -> dict[str, object]:
     """Ours: everything that ``harness report --format json`` does."""
-    from analysis.report.run import render_json
-    from analysis.rows.read import read_run
-    from analysis.summary import summarise
+    from harness.analysis.report.run import render_json
+    from harness.analysis.rows.read import read_run
+    from harness.analysis.summary import summarise
 
     s = summarise(read_run(path))
     render_json(s)
@@ -146,10 +146,10 @@ def _few(s: object) -> dict[str, object]:
 
 def page(path: Path) -> dict[str, object]:
     """Ours: ``harness report --html``, and how long it takes beyond the summary."""
-    from analysis.report.page import write_page
-    from analysis.report.view import view_run
-    from analysis.rows.read import read_run
-    from analysis.summary import summarise
+    from harness.analysis.report.page import write_page
+    from harness.analysis.report.view import view_run
+    from harness.analysis.rows.read import read_run
+    from harness.analysis.summary import summarise
 
     run = read_run(path)
     s = summarise(run)
@@ -160,7 +160,7 @@ def page(path: Path) -> dict[str, object]:
 
 def export(path: Path) -> dict[str, object]:
     """Ours: ``harness export -o results.parquet``."""
-    from analysis.report.export import export_runs
+    from harness.analysis.report.export import export_runs
 
     out = path / "results.parquet"
     export_runs([path], out)

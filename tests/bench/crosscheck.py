@@ -29,10 +29,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from bench.vllm_bench import check_can_run, run_vllm_bench  # noqa: E402
 
-from analysis.arrays import Floats  # noqa: E402
-from analysis.rows.read import read_run  # noqa: E402
-from analysis.stats.autocorrelation import student_t  # noqa: E402
-from analysis.summary import Summary, summarise  # noqa: E402
+from harness.analysis.arrays import Floats  # noqa: E402
+from harness.analysis.rows.read import read_run  # noqa: E402
+from harness.analysis.stats.autocorrelation import student_t  # noqa: E402
+from harness.analysis.summary import Summary, summarise  # noqa: E402
 from harness.errors import UsageError  # noqa: E402
 from harness.plan.file import read_plan_columns, read_plan_info  # noqa: E402
 from harness.record.manifest import MANIFEST, read_manifest  # noqa: E402

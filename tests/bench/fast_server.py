@@ -41,7 +41,7 @@ from collections.abc import Callable
 from operator import sub
 from pathlib import Path
 
-from cluster.engines.fake.server import SO_TIMESTAMPNS, came_ns
+from harness.cluster.engines.fake.server import SO_TIMESTAMPNS, came_ns
 
 TICK_NS = 1_000_000
 _SERIES_TICKS = 100

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=5)
     tries = parser.parse_args().tries
     server = subprocess.Popen(
-        [sys.executable, "-m", "cluster.engines.fake.server", "--ttft", "0.01", "--itl", "0.001"],
+        [sys.executable, "-m", "harness.cluster.engines.fake.server", "--ttft", "0.01", "--itl", "0.001"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert server.stdout is not None

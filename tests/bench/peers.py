@@ -121,7 +121,7 @@ class Harness:
     def start(self, work: Work, folder: Path) -> Sequence[subprocess.Popen[bytes]]:
         """Start the workers; a thread gives them their common start when all are ready."""
         workers = [
-            spawn([sys.executable, "-m", "scenarios.worker", folder / f"spec-{k}.json"], folder, number=k,
+            spawn([sys.executable, "-m", "harness.scenarios.worker", folder / f"spec-{k}.json"], folder, number=k,
                   cwd=self.tree, stdin=subprocess.PIPE)
             for k in range(self.workers)
         ]  # fmt: skip

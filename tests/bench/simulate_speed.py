@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.catalogue.models import get_model
-from cluster.catalogue.tiers import get_tier
-from cluster.engines.simulated import simulated_engine
-from cluster.simulator.replica import Workload, simulate
-from cluster.simulator.step_time import LinearStep
+from harness.cluster.catalogue.models import get_model
+from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.engines.simulated import simulated_engine
+from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.step_time import LinearStep
 from harness.record.simulated import SimulatedRows, write_rows
 
 STEP = LinearStep(0.006, 0.00005, 0.00002, 2e-8)

@@ -56,7 +56,7 @@ def supervisors(replicas: int) -> dict[int, tuple[str, psutil.Process]]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        if "cluster.engines.fake.server" in words and not any("guard.py" in word for word in words):
+        if "harness.cluster.engines.fake.server" in words and not any("guard.py" in word for word in words):
             continue
         found[process.pid] = (process.name(), process)
     return found
@@ -75,9 +75,9 @@ def measure_supervision(folder: Path, replicas: int, seconds: float) -> dict[str
     """Share of one core that watching takes."""
     from hosts.driver import ENGINE
 
-    from cluster.catalogue.models import get_model
-    from cluster.catalogue.tiers import get_tier
-    from cluster.deploy.deployment import Deployment
+    from harness.cluster.catalogue.models import get_model
+    from harness.cluster.catalogue.tiers import get_tier
+    from harness.cluster.deploy.deployment import Deployment
     from harness.record.manifest import create_run_dir
     from harness.record.samples import ServerMetrics, read_server_metrics
     from harness.server.access import page_beside

@@ -11,7 +11,7 @@ import pytest
 from measure import Cores, FastServer, fast_server
 
 from harness.record.results import Result
-from scenarios.client.http1 import Response
+from harness.scenarios.client.http1 import Response
 
 ANYWHERE = Cores(frozenset(os.sched_getaffinity(0)), frozenset(os.sched_getaffinity(0)))
 

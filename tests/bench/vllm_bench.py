@@ -23,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
-from cluster.process.process import Process, describe_exit, tail
+from harness.cluster.process.process import Process, describe_exit, tail
 from harness.errors import ServerError, UsageError
 from harness.plan.file import Request, iter_requests
 from harness.server.access import page_under

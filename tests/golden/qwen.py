@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.cost.split import Samples, token_mix
+from harness.analysis.cost.split import Samples, token_mix
 
 HERE = Path(__file__).parent
 USD_PER_HOUR = 16.57216 / 2

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cluster.deploy.deployment
-from cluster.catalogue.models import DEFAULT_MODEL
-from cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
+import harness.cluster.deploy.deployment
 from harness.cli import main
 from harness.cli.runner.targets import LocalTarget
+from harness.cluster.catalogue.models import DEFAULT_MODEL
+from harness.cluster.engines.protocol import WHOLE, Command, CommandEngine, Part
 from harness.plan.prompts import Vocabulary
 
 CLASH = os.environ.get("TEST_CLASH", "")
@@ -40,7 +40,7 @@ ENGINE = (Engine if CLASH else CommandEngine)(
     hosts=int(os.environ.get("TEST_PARTS", "1")),
     served_model=DEFAULT_MODEL,
     argv=(
-        sys.executable, "-m", "cluster.engines.fake.server", "--model", DEFAULT_MODEL, "--ttft", "0.02",
+        sys.executable, "-m", "harness.cluster.engines.fake.server", "--model", DEFAULT_MODEL, "--ttft", "0.02",
         "--itl", os.environ.get("TEST_ITL", "0.01"), "--host", "{host}", "--port", "{port}",
     ),
     api_key_env="FAKE_SERVER_API_KEY",
@@ -58,7 +58,7 @@ def vocabulary(self: Any) -> Vocabulary:
 
 
 if __name__ == "__main__":
-    cluster.deploy.deployment.VllmEngine = lambda **options: ENGINE  # type: ignore[assignment, misc]
+    harness.cluster.deploy.deployment.VllmEngine = lambda **options: ENGINE  # type: ignore[assignment, misc]
     LocalTarget.weights = no_weights  # type: ignore[method-assign]
     LocalTarget.vocabulary = vocabulary  # type: ignore[method-assign]
     main()

@@ -14,8 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from analysis.arrays import Floats, Ints
-from analysis.quality.paired import ALPHA, Paired, paired
+from harness.analysis.arrays import Floats, Ints
+from harness.analysis.quality.paired import ALPHA, Paired, paired
 from tests.lab.table import Coverage, Row
 
 MOST = 0.035

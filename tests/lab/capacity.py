@@ -14,17 +14,17 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from analysis.capacity.backlog import Demand
-from analysis.capacity.crossing import Evidence
-from analysis.capacity.probes import window_of, worked_between
-from analysis.capacity.search import Estimate, Probe, Step, Worked, estimate, next_load, settling_s
-from analysis.capacity.sweep import Point
-from analysis.stats.intervals import Quantity
-from analysis.steady import only_grew
-from cluster.simulator.replica import Outcomes, Workload, simulate
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.step_time import LinearStep
+from harness.analysis.capacity.backlog import Demand
+from harness.analysis.capacity.crossing import Evidence
+from harness.analysis.capacity.probes import window_of, worked_between
+from harness.analysis.capacity.search import Estimate, Probe, Step, Worked, estimate, next_load, settling_s
+from harness.analysis.capacity.sweep import Point
+from harness.analysis.stats.intervals import Quantity
+from harness.analysis.steady import only_grew
 from harness.cli.runner.capacity import RUNG, WARMUP, WINDOWS, window_count
+from harness.cluster.simulator.replica import Outcomes, Workload, simulate
+from harness.cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.step_time import LinearStep
 from harness.plan.file import Windows
 from harness.plan.windows import windows_in_time
 from harness.slo import Criterion

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.compare.compare import JUDGED, compare, parse_gate
-from analysis.compare.paired import PairedRun
-from analysis.metrics import Window
-from analysis.rows.read import read_run
-from analysis.summary import Summary, summarise
-from cluster.simulator.replica import simulate
-from cluster.simulator.step_time import LinearStep, NoisyStep
+from harness.analysis.compare.compare import JUDGED, compare, parse_gate
+from harness.analysis.compare.paired import PairedRun
+from harness.analysis.metrics import Window
+from harness.analysis.rows.read import read_run
+from harness.analysis.summary import Summary, summarise
+from harness.cluster.simulator.replica import simulate
+from harness.cluster.simulator.step_time import LinearStep, NoisyStep
 from tests.lab.processes import LIMITS, STEP, at_rate, workload
 from tests.lab.table import Coverage, Row
 from tests.run_files import SPEC, TIER, good, write_run

@@ -22,10 +22,10 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from analysis.report.fleet import WITHIN
-from cluster.simulator.replica import Outcomes, Workload, simulate
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.step_time import NoisyStep
+from harness.analysis.report.fleet import WITHIN
+from harness.cluster.simulator.replica import Outcomes, Workload, simulate
+from harness.cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.step_time import NoisyStep
 from harness.record.results import Result
 from tests.lab import scaling
 from tests.lab.processes import BURST, EASY, QUIET, STEP, SWING, Floats, Process

@@ -16,9 +16,9 @@ from functools import partial
 
 import numpy as np
 
-from analysis.stats.intervals import Quantity, distribution, share
-from analysis.stats.relaxation import Relaxation, relaxation
-from cluster.simulator.replica import Outcomes, Workload
+from harness.analysis.stats.intervals import Quantity, distribution, share
+from harness.analysis.stats.relaxation import Relaxation, relaxation
+from harness.cluster.simulator.replica import Outcomes, Workload
 from tests.lab import truths
 from tests.lab.processes import LIMITS, STEP, Process, at_rate, serve, workload
 from tests.lab.series import BINS, binned, in_flight, tokens_of_steps

@@ -10,11 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DECIDING = (
-    "analysis.capacity", "analysis.compare", "analysis.quality", "analysis.stats", "analysis.steady",
-    "cluster.simulator", "harness.plan.windows", "tests.lab",
+    "harness.analysis.capacity", "harness.analysis.compare", "harness.analysis.quality", "harness.analysis.stats",
+    "harness.analysis.steady",
+    "harness.cluster.simulator", "harness.plan.windows", "tests.lab",
 )  # fmt: skip
 """Where figures and verdicts are made. What a study imports elsewhere brings it data or words, and tests guard that."""
-BY_COMMAND = {"fleet": "analysis.capacity.fleet_plan"}
+BY_COMMAND = {"fleet": "harness.analysis.capacity.fleet_plan"}
 """What a study measures through a verb of the command line, and so does not import."""
 
 

@@ -13,9 +13,9 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from cluster.simulator.replica import Outcomes, Workload, simulate
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.step_time import LinearStep
+from harness.cluster.simulator.replica import Outcomes, Workload, simulate
+from harness.cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.step_time import LinearStep
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

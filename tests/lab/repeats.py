@@ -14,10 +14,10 @@ from functools import partial
 
 import numpy as np
 
-from analysis.stats.intervals import Quantity, distribution, rate, share
-from analysis.stats.replicates import over_replicates
-from cluster.simulator.replica import Outcomes, Workload, simulate
-from cluster.simulator.step_time import LinearStep, NoisyStep
+from harness.analysis.stats.intervals import Quantity, distribution, rate, share
+from harness.analysis.stats.replicates import over_replicates
+from harness.cluster.simulator.replica import Outcomes, Workload, simulate
+from harness.cluster.simulator.step_time import LinearStep, NoisyStep
 from tests.lab.intervals import memory
 from tests.lab.processes import LIMITS, STEP, at_rate, workload
 from tests.lab.table import Coverage, Row

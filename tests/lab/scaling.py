@@ -11,9 +11,9 @@ import math
 
 import numpy as np
 
-from cluster.simulator.replica import Workload, simulate
-from cluster.simulator.scheduler import Limits
-from cluster.simulator.step_time import NoisyStep, StepTime
+from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.scheduler import Limits
+from harness.cluster.simulator.step_time import NoisyStep, StepTime
 
 HOLD = 10
 DRAWS = 5

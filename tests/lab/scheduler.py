@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from cluster.simulator.scheduler import VLLM
+from harness.cluster.simulator.scheduler import VLLM
 from tests.lab.table import Row
 
 

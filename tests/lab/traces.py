@@ -1,7 +1,7 @@
 """The laboratory's workloads as traces, and its engine as a server: for `harness replay` and `capacity` in real time.
 
 ``python -m tests.lab.traces FOLDER`` writes a trace of each kind and prints what to run against the server
-``python -m cluster.engines.fake.server --step 20,1.5,0.02 --slots 8 --log FILE``.
+``python -m harness.cluster.engines.fake.server --step 20,1.5,0.02 --slots 8 --log FILE``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.simulator.replica import Workload
+from harness.cluster.simulator.replica import Workload
 from tests.lab.processes import LIMITS, PROCESSES, STEP, serve, sessions, workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def write_all(folder: Path, requests: int, seed: int) -> dict[str, Path]:
 def engine_server(log: Path) -> Iterator[str]:
     """The laboratory's engine as a server in real time; its URL. ``log``: its own account of every answer."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.engines.fake.server", "--log", str(log), *ENGINE],
+        [sys.executable, "-m", "harness.cluster.engines.fake.server", "--log", str(log), *ENGINE],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -78,7 +78,7 @@ def engine_server(log: Path) -> Iterator[str]:
 def main(folder: Path) -> None:
     """Write the traces and say what to run."""
     folder.mkdir(parents=True, exist_ok=True)
-    print("python -m cluster.engines.fake.server --port 8123", *ENGINE)
+    print("python -m harness.cluster.engines.fake.server --port 8123", *ENGINE)
     for name, path in write_all(folder, 2000, 15).items():
         more = " --sessions wait" if name == "sessions" else ""
         print(f"harness capacity {path} --base-url http://127.0.0.1:8123/v1 --slo ttft_p95=500ms{more}")

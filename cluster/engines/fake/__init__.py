@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server of known truth: ``python -m cluster.engines.fake.server``."""
+"""An OpenAI-compatible server of known truth: ``python -m harness.cluster.engines.fake.server``."""

@@ -16,12 +16,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
-from cluster.engines.fake.faults import FAULTS as FAULTS
-from cluster.engines.fake.pacing import Pacer
-from cluster.engines.fake.planted import Planted
+from harness.cluster.engines.fake.faults import FAULTS as FAULTS
+from harness.cluster.engines.fake.pacing import Pacer
+from harness.cluster.engines.fake.planted import Planted
 
 if TYPE_CHECKING:
-    from cluster.engines.fake.engine import PacingEngine
+    from harness.cluster.engines.fake.engine import PacingEngine
 
 
 class Body(TypedDict, total=False):
@@ -65,7 +65,7 @@ class Truth:
         self.pacer = Pacer(loop)
         self.engine: PacingEngine | None = None
         if args.step is not None or args.simulate is not None:
-            from cluster.engines.fake.engine import engine_of  # NumPy is half of a start without it
+            from harness.cluster.engines.fake.engine import engine_of  # NumPy is half of a start without it
 
             self.engine = engine_of(args, loop)
         self.started_s = time.time()

@@ -17,9 +17,9 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.simulator.blocks import block_keys
-from cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from cluster.simulator.step_time import Chunk, LinearStep, StepTime
+from harness.cluster.simulator.blocks import block_keys
+from harness.cluster.simulator.scheduler import Limits, Scheduler, Sequence
+from harness.cluster.simulator.step_time import Chunk, LinearStep, StepTime
 
 POLLS = 5
 """Turns of the event loop between two steps: a request on a new connection takes four to be accepted and read."""
@@ -178,9 +178,9 @@ def engine_of(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> Paci
     """The engine that the server's command line asks for; ``--slots 0``: no limit."""
     step = None if args.step is None else LinearStep(*(ms / 1000 for ms in args.step))
     if args.simulate is not None:
-        from cluster.catalogue.models import get_model
-        from cluster.catalogue.tiers import get_tier
-        from cluster.engines.simulated import simulated_engine
+        from harness.cluster.catalogue.models import get_model
+        from harness.cluster.catalogue.tiers import get_tier
+        from harness.cluster.engines.simulated import simulated_engine
 
         model, tier = get_model(args.simulate[0]), get_tier(args.simulate[1])
         found = simulated_engine(model, tier, step)

@@ -2,7 +2,7 @@
 
 Start it::
 
-    python -m cluster.engines.fake.server --port 0 --ttft 0.05 --itl 0.01
+    python -m harness.cluster.engines.fake.server --port 0 --ttft 0.05 --itl 0.01
 
 It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/v1/chat/completions`` (streamed or not),
 ``/v1/models``, ``/tokenize``, ``/health``, ``/version`` and ``/metrics`` (vLLM's names) until it is killed.
@@ -49,8 +49,8 @@ import sys
 import time
 from typing import Any, ClassVar
 
-from cluster.engines.fake.answers import AnswerStream, Truth, head
-from cluster.engines.fake.pacing import step_ms
+from harness.cluster.engines.fake.answers import AnswerStream, Truth, head
+from harness.cluster.engines.fake.pacing import step_ms
 from harness.server import QUESTION
 
 MAX_REQUEST = 64 << 20

@@ -37,9 +37,9 @@ from harness.trace.io import Trace, open_asked
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from analysis.quality.verdict import Evidence
-    from analysis.rows.read import Run
-    from analysis.summary import Summary
+    from harness.analysis.quality.verdict import Evidence
+    from harness.analysis.rows.read import Run
+    from harness.analysis.summary import Summary
 
 BROKEN = frozenset({"status", "files", "rows", "success", "workers", "replicas", "server_restarts"})
 """Gates of a run without which its answers are not those of the model; the others are about times."""
@@ -182,8 +182,8 @@ def check_models(want: AuditOptions, asked: ReplayOptions) -> None:
 
 def origins_of(models: Sequence[Pair]) -> tuple[list[str], set[str]]:
     """What is known of weights that the harness serves itself, for the page, and the records that they have seen."""
-    from cluster.catalogue.models import get_model
-    from cluster.catalogue.quantise import read_quantised
+    from harness.cluster.catalogue.models import get_model
+    from harness.cluster.catalogue.quantise import read_quantised
 
     words: list[str] = []
     seen: set[str] = set()
@@ -200,8 +200,8 @@ def origins_of(models: Sequence[Pair]) -> tuple[list[str], set[str]]:
 
 def no_hardware(pair: Pair) -> str | None:
     """Why servers of this model cannot be started from here, where another machine could; None: they can."""
-    from cluster.catalogue.tiers import get_tier
-    from cluster.deploy.placement import check_can_serve
+    from harness.cluster.catalogue.tiers import get_tier
+    from harness.cluster.deploy.placement import check_can_serve
 
     if pair.base_urls or pair.tier is None:
         return None
@@ -255,8 +255,8 @@ def quality(
 
 
 def _passed(folder: Path, point: Point) -> QualityPass:
-    from analysis.rows.read import read_run
-    from analysis.summary import summarise
+    from harness.analysis.rows.read import read_run
+    from harness.analysis.summary import summarise
 
     path = folder / point.name
     if point.state != "done" or not (path / FILE).exists():

@@ -25,8 +25,8 @@ from harness.sweep.state import read_state
 from harness.trace.io import open_asked
 
 if TYPE_CHECKING:
-    from analysis.arrays import Floats
-    from analysis.quality.paired import Paired
+    from harness.analysis.arrays import Floats
+    from harness.analysis.quality.paired import Paired
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +150,7 @@ def _grades(tables: Sequence[pa.Table]) -> Floats:
 def _paired(one: Sequence[pa.Table], other: Sequence[pa.Table], graded: Sequence[AuditedRecord]) -> Paired | None:
     import numpy as np
 
-    from analysis.quality.paired import paired
+    from harness.analysis.quality.paired import paired
 
     return paired(
         _grades(one), _grades(other), np.array([record.session for record in graded], np.int64),

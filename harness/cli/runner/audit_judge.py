@@ -13,7 +13,7 @@ from harness.cli.output import say
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
-    from analysis.quality.judging import JudgeTrust
+    from harness.analysis.quality.judging import JudgeTrust
 
 
 def family(name: str) -> str:
@@ -64,7 +64,7 @@ def trust_of(trial: JudgeTrial, candidate: str, margin: float) -> JudgeTrust:
     """The judge on answers of the current model and of one candidate."""
     import numpy as np
 
-    from analysis.quality.judging import Labelled, trust
+    from harness.analysis.quality.judging import Labelled, trust
 
     mine = [one for one in trial.labelled if one.model in (CURRENT, candidate)]
     return trust(

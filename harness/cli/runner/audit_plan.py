@@ -16,7 +16,7 @@ from harness.sweep.cost import BETWEEN_S, ITL_S, start_s, usd_per_hour
 from harness.sweep.spec import Pair
 
 if TYPE_CHECKING:
-    from analysis.arrays import Bools
+    from harness.analysis.arrays import Bools
     from harness.cli.runner.audit import QualityPass
 
 PROBES = 8
@@ -33,7 +33,7 @@ def blind_records(
     """
     import numpy as np
 
-    from analysis.quality.estimate import mean
+    from harness.analysis.quality.estimate import mean
 
     grader = Grader()
     blind = np.array([
@@ -66,9 +66,9 @@ def dry_run(
     rate: float,
 ) -> int:  # fmt: skip
     """What would be asked, how long that takes and what it costs, and what so many records can prove."""
-    from analysis.quality.paired import ALPHA
-    from analysis.quality.power import provable_margin, records_needed
-    from cluster.catalogue.tiers import get_tier
+    from harness.analysis.quality.paired import ALPHA
+    from harness.analysis.quality.power import provable_margin, records_needed
+    from harness.cluster.catalogue.tiers import get_tier
 
     n, sessions = len(graded), len({record.session for record in graded})
     tokens = sum(cap(record, want.max_answer) for record in graded)

@@ -51,10 +51,10 @@ from harness.trace.io import Trace, open_asked
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from analysis.audit.model import MeasuredModel, TokenPrice
-    from analysis.audit.report import AuditReport
-    from analysis.quality.bill import Stated
-    from analysis.quality.slices import RecordFacts
+    from harness.analysis.audit.model import MeasuredModel, TokenPrice
+    from harness.analysis.audit.report import AuditReport
+    from harness.analysis.quality.bill import Stated
+    from harness.analysis.quality.slices import RecordFacts
 
 REPORT = "report.json"
 
@@ -125,7 +125,7 @@ def audited(
             raise
         report = _report(folder, state, want, graded, faults, passes, loads, prices, rate, origins, asked, trial)
         (folder / REPORT).write_bytes(as_json(report))
-    from analysis.report.audit import audit_sections
+    from harness.analysis.report.audit import audit_sections
 
     present(report, audit_sections(report), asked.report.format_, html=html, verb="audit")
     return exit_status(report, want)
@@ -133,8 +133,8 @@ def audited(
 
 def _prices(want: AuditOptions, models: Sequence[Pair]) -> tuple[dict[str, TokenPrice], list[str]]:
     """List prices by model, stated or of the shipped map where it has the very name; and of which day each is."""
-    from analysis.audit.model import TokenPrice
-    from analysis.pricing.list_prices import read_list_prices
+    from harness.analysis.audit.model import TokenPrice
+    from harness.analysis.pricing.list_prices import read_list_prices
 
     book = read_list_prices()
     known = book.prices
@@ -201,8 +201,8 @@ def _settled(
     passes: Sequence[Sequence[QualityPass]], asked: ReplayOptions, trial: JudgeTrial | None,
 ) -> LoadPass | None:  # fmt: skip
     """Of a model ``k`` that need not be loaded, since its quality has decided; None: it is to be loaded."""
-    from analysis.audit.report import settled_by_quality
-    from analysis.quality.bill import Policy
+    from harness.analysis.audit.report import settled_by_quality
+    from harness.analysis.quality.bill import Policy
 
     if k == 0 or want.load_all:
         return None
@@ -250,8 +250,8 @@ def _report(
     loads: Sequence[LoadPass], prices: Mapping[str, TokenPrice], rate: float, origins: Sequence[str],
     asked: ReplayOptions, trial: JudgeTrial | None,
 ) -> AuditReport:  # fmt: skip
-    from analysis.audit.report import audit_report
-    from analysis.quality.bill import Policy
+    from harness.analysis.audit.report import audit_report
+    from harness.analysis.quality.bill import Policy
 
     unmeasurable, blind = blind_records(graded, faults, passes[0][0])
     notes = [f"The checks are not sound: {group.name}: {', '.join(group.faults)}." for group in faults]
@@ -304,10 +304,10 @@ def _measured(
     k: int, want: AuditOptions, passes: Sequence[QualityPass], loaded: LoadPass, prices: Mapping[str, TokenPrice],
     trial: JudgeTrial | None,
 ) -> MeasuredModel:  # fmt: skip
-    from analysis.audit.model import MeasuredModel
-    from analysis.quality.bill import Rented
-    from analysis.quality.estimate import Bounded
-    from analysis.quality.judging import sharpness
+    from harness.analysis.audit.model import MeasuredModel
+    from harness.analysis.quality.bill import Rented
+    from harness.analysis.quality.estimate import Bounded
+    from harness.analysis.quality.judging import sharpness
 
     pair, own, again = want.models[k], passes[: want.repeats], passes[want.repeats :]
     problem = next((one.problem for one in own if one.problem), None)
@@ -336,7 +336,7 @@ def _tables(passes: Sequence[QualityPass]) -> tuple[pa.Table, ...]:
 def _facts(graded: Sequence[AuditedRecord], first: QualityPass) -> RecordFacts:
     import numpy as np
 
-    from analysis.quality.slices import RecordFacts
+    from harness.analysis.quality.slices import RecordFacts
 
     turns: dict[str, int] = {}
     last: dict[str, int | None] = {}
@@ -359,7 +359,7 @@ def _facts(graded: Sequence[AuditedRecord], first: QualityPass) -> RecordFacts:
 
 
 def _stated(want: AuditOptions) -> Stated:
-    from analysis.quality.bill import Stated
+    from harness.analysis.quality.bill import Stated
 
     return Stated(
         wage_usd_per_hour=want.wage, review_minutes=want.review_minutes, review_share=want.review_share,

@@ -25,13 +25,13 @@ from harness.sweep.state import SweepState
 from harness.trace.io import Trace
 
 if TYPE_CHECKING:
-    from analysis.arrays import Floats
-    from analysis.capacity.backlog import Demand
-    from analysis.capacity.search import Probe, ProbeRow, Step
-    from analysis.capacity.search_answer import Answer
-    from analysis.capacity.serving_config import ServingConfig
-    from analysis.rows.read import Run
-    from analysis.summary import Summary
+    from harness.analysis.arrays import Floats
+    from harness.analysis.capacity.backlog import Demand
+    from harness.analysis.capacity.search import Probe, ProbeRow, Step
+    from harness.analysis.capacity.search_answer import Answer
+    from harness.analysis.capacity.serving_config import ServingConfig
+    from harness.analysis.rows.read import Run
+    from harness.analysis.summary import Summary
 
 WINDOWS = 3
 """A probe joins so many windows from different parts of the trace."""
@@ -129,7 +129,7 @@ class CapacitySession(Session):
 
     def _next(self) -> Point | None:
         """The point to do now: one that was left half done, else what the search asks for; None at its end."""
-        from analysis.capacity.search import next_load
+        from harness.analysis.capacity.search import next_load
 
         left = next((point for point in self.state.points if point.state == "pending"), None)
         if left is None:
@@ -178,7 +178,7 @@ class CapacitySession(Session):
 
     def _open(self, options: ReplayOptions, rate: float, draw: int) -> PlanOptions:
         """A probe at a rate: longer than asked for where that has too few requests or ends with the first answers."""
-        from analysis.capacity.probes import requests_needed
+        from harness.analysis.capacity.probes import requests_needed
 
         least = options.load.min_requests
         judged = math.ceil(least + 3 * math.sqrt(least))  # the count of arrivals in a window varies
@@ -200,7 +200,7 @@ class CapacitySession(Session):
 
     def _settles_s(self) -> float:
         """How long the server takes to fill; where sessions wait, also until turns come as late as they will."""
-        from analysis.capacity.search import settling_s
+        from harness.analysis.capacity.search import settling_s
 
         turns = self.demand.requests_per_session if self.asked.plan.waits else 0.0
         return max(settling_s(list(self.probes.values())), turns * self._answer_s())
@@ -233,11 +233,11 @@ class CapacitySession(Session):
 
     def learn(self, point: Point, run: Run, found: Summary) -> None:
         """What the search goes on from. A rung that is TOO SMALL steers too: it guides, and no figure comes from it."""
-        from analysis.capacity.probes import evidence_of, limit_used, worked_of
-        from analysis.capacity.search import Probe
-        from analysis.capacity.serving_config import point_of
-        from analysis.check import MIN_REQUESTS
-        from analysis.validity.prefix_cache import NAME as WARM
+        from harness.analysis.capacity.probes import evidence_of, limit_used, worked_of
+        from harness.analysis.capacity.search import Probe
+        from harness.analysis.capacity.serving_config import point_of
+        from harness.analysis.check import MIN_REQUESTS
+        from harness.analysis.validity.prefix_cache import NAME as WARM
 
         self.summaries[point.name] = found
         failed = {c.name for c in found.checks if (c.gate or c.name == WARM) and c.ok is False}
@@ -250,7 +250,7 @@ class CapacitySession(Session):
         )  # fmt: skip
 
     def _probe(self, point: Point) -> Probe:
-        from analysis.capacity.search import Probe
+        from harness.analysis.capacity.search import Probe
 
         blank = Probe(rate=point.level.request_rate, concurrency=point.level.concurrency, point=None)
         return self.probes.get(point.name, blank)
@@ -272,7 +272,7 @@ class CapacitySession(Session):
         say(f"probe {self.state.points.index(point) + 1}: {row.load}: {' · '.join(filter(None, words))}")
 
     def _record(self, point: Point) -> ProbeRow:
-        from analysis.capacity.search import ProbeRow
+        from harness.analysis.capacity.search import ProbeRow
 
         found = self.summaries.get(point.name)
         tier = self.state.rentals[-1].tier if self.state.rentals else None
@@ -291,8 +291,8 @@ class CapacitySession(Session):
         )  # fmt: skip
 
     def _answer(self) -> Answer | None:
-        from analysis.capacity.search import estimate, keeps
-        from analysis.capacity.search_answer import Answer, capacity_from
+        from harness.analysis.capacity.search import estimate, keeps
+        from harness.analysis.capacity.search_answer import Answer, capacity_from
 
         probes = [self._probe(point) for point in self.state.points]
         shown = [p.evidence for p in probes if p.evidence is not None]
@@ -326,8 +326,8 @@ class CapacitySession(Session):
 
     def report(self) -> CapacityReport:
         """The answer from all probes so far."""
-        from analysis.capacity.serving_config import SCHEMA, serving_configs
-        from analysis.report.capacity_text import sentence
+        from harness.analysis.capacity.serving_config import SCHEMA, serving_configs
+        from harness.analysis.report.capacity_text import sentence
 
         usd, hours = self.state.spent(time.time())
         answer_of_all = self._answer()
@@ -365,7 +365,7 @@ def demand_of(trace: Trace, asked: PlanOptions) -> Demand:
     """The whole trace as arrivals and lengths; arrivals that are to be drawn are drawn here at 1 req/s."""
     import numpy as np
 
-    from analysis.capacity.backlog import Demand
+    from harness.analysis.capacity.backlog import Demand
     from harness.plan.arrivals import arrival_times, constant_stage
 
     flat = array("d")

@@ -163,7 +163,7 @@ def execute_point(
     """
     if servers.virtual is not None:
         return servers.virtual(run, options, tell)
-    from cluster.deploy.load_workers import LoadWorkers
+    from harness.cluster.deploy.load_workers import LoadWorkers
 
     info = read_plan_info(run.plan)
     stop = stop or StopRequest()

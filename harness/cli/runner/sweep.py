@@ -27,8 +27,8 @@ from harness.sweep.state import Rental, SweepState, close_rentals, set_aside, ve
 from harness.trace.io import Trace
 
 if TYPE_CHECKING:
-    from analysis.rows.read import Run
-    from analysis.summary import Summary
+    from harness.analysis.rows.read import Run
+    from harness.analysis.summary import Summary
 
 STOPPED = "stopped by the user"
 
@@ -207,8 +207,8 @@ class Session:
 
     def judge(self, point: Point) -> str | None:
         """Read the run and write its verdict and figures into the point; null, or why that cannot be done."""
-        from analysis.rows.read import read_run
-        from analysis.summary import summarise
+        from harness.analysis.rows.read import read_run
+        from harness.analysis.summary import summarise
 
         try:
             run = read_run(self.folder / point.name)

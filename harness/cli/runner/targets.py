@@ -40,8 +40,8 @@ from harness.server.access import (
 from harness.server.counters import check_metrics_urls
 
 if TYPE_CHECKING:
-    from cluster.catalogue.models import Model
-    from cluster.deploy.load_workers import Launch
+    from harness.cluster.catalogue.models import Model
+    from harness.cluster.deploy.load_workers import Launch
 
 
 API_KEY = "HARNESS_API_KEY"
@@ -122,7 +122,7 @@ class UrlTarget:
     @contextmanager
     def open(self, run: RunDir) -> Iterator[Servers]:
         """The servers, as they are."""
-        from cluster.process.registry import name_orphans
+        from harness.cluster.process.registry import name_orphans
 
         name_orphans(say)
         yield Servers(
@@ -150,7 +150,7 @@ class LocalTarget:
     @cache  # noqa: B019 - a target lives as long as its command
     def weights(self) -> Path:
         """The weights' folder, fetched on first use."""
-        from cluster.catalogue.weights import ensure_weights
+        from harness.cluster.catalogue.weights import ensure_weights
 
         return ensure_weights(self._model, say=say)
 
@@ -173,9 +173,9 @@ class LocalTarget:
     @contextmanager
     def open(self, run: RunDir) -> Iterator[Servers]:
         """Start the servers; end them whatever happens inside."""
-        from cluster.deploy.deployment import Deployment
-        from cluster.engines.vllm import hosts_per_replica
-        from cluster.process.registry import name_orphans
+        from harness.cluster.deploy.deployment import Deployment
+        from harness.cluster.engines.vllm import hosts_per_replica
+        from harness.cluster.process.registry import name_orphans
 
         name_orphans(say)
         key = os.environ.get(API_KEY) or secrets.token_urlsafe(24)
@@ -200,8 +200,8 @@ class SimulatedTarget(LocalTarget):
     def __init__(
         self, model: Model, tier: Tier, replicas: int, on_replica_death: OnReplicaDeath, step: tuple[float, ...] | None
     ) -> None:
-        from cluster.catalogue.models import for_tier
-        from cluster.engines.simulated import SimulatedServer
+        from harness.cluster.catalogue.models import for_tier
+        from harness.cluster.engines.simulated import SimulatedServer
 
         super().__init__(for_tier(model, tier.accelerator), tier, replicas, on_replica_death, {})
         self._engine = SimulatedServer(model=model, tier=tier, step=step)
@@ -223,8 +223,8 @@ class SimulatedTarget(LocalTarget):
     @contextmanager
     def open(self, run: RunDir) -> Iterator[Servers]:
         """Start the servers; end them whatever happens inside."""
-        from cluster.deploy.deployment import Deployment
-        from cluster.process.registry import name_orphans
+        from harness.cluster.deploy.deployment import Deployment
+        from harness.cluster.process.registry import name_orphans
 
         name_orphans(say)
         key = os.environ.get(API_KEY) or secrets.token_urlsafe(24)
@@ -293,9 +293,9 @@ def rented(tier: Tier, hosts: int) -> Tier:
 
 
 def _simulated_target(asked: ServeOptions) -> SimulatedTarget:
-    from cluster.catalogue.models import DEFAULT_MODEL, get_model
-    from cluster.catalogue.tiers import get_tier
-    from cluster.deploy.placement import check_ray
+    from harness.cluster.catalogue.models import DEFAULT_MODEL, get_model
+    from harness.cluster.catalogue.tiers import get_tier
+    from harness.cluster.deploy.placement import check_ray
 
     if asked.base_urls:
         raise UsageError("--engine simulated starts its servers: drop --base-url")
@@ -312,7 +312,7 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
     """Existing servers when --base-url is given, else servers to ``start`` (or whose model alone is wanted). Raises
     `UsageError` on unknown names.
     """
-    from cluster.catalogue.tiers import DEFAULT_TIER, get_tier
+    from harness.cluster.catalogue.tiers import DEFAULT_TIER, get_tier
 
     asked = options.serve
     if asked.engine == "simulated":
@@ -324,9 +324,9 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
             probe.trust(options.load.tls_ca)
         tier = get_tier(asked.tier) if asked.tier else None
         return UrlTarget(asked.base_urls, asked.model, tier, asked.metrics_urls, access_to(options.load))
-    from cluster.catalogue.models import DEFAULT_MODEL, for_tier, get_model
-    from cluster.deploy.placement import check_can_serve
-    from cluster.engines.vllm import check_fit, for_processor
+    from harness.cluster.catalogue.models import DEFAULT_MODEL, for_tier, get_model
+    from harness.cluster.deploy.placement import check_can_serve
+    from harness.cluster.engines.vllm import check_fit, for_processor
 
     model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier or DEFAULT_TIER)
     facts: dict[str, str] = {}
