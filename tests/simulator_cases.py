@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.cluster.simulator.replica import Outcomes, Router, Workload, simulate
+from harness.cluster.simulator.fleet import Outcomes, Router, Workload, simulate
 from harness.cluster.simulator.scheduler import Limits
 from harness.cluster.simulator.step_time import LinearStep
 

@@ -175,7 +175,7 @@ def test_a_process_of_ours_does_without_pandas() -> None:
 
 
 def test_the_simulator_is_numpy_and_the_standard_library_alone() -> None:
-    assert not {"pyarrow", "ray", "locust", "msgspec", "scipy"} & loaded_by("import harness.cluster.simulator.replica")
+    assert not {"pyarrow", "ray", "locust", "msgspec", "scipy"} & loaded_by("import harness.cluster.simulator.fleet")
 
 
 def test_help_is_light() -> None:

@@ -33,7 +33,7 @@ from harness.cli.plan_fleet import plan_fleet
 from harness.cli.results import compare, report
 from harness.cli.runner.capacity import CapacitySession
 from harness.cluster.deploy import load_workers as load
-from harness.cluster.simulator.replica import Workload
+from harness.cluster.simulator.fleet import Workload
 from harness.errors import ServerError, UsageError
 from harness.record.manifest import read_manifest
 from harness.slo import Criterion, criteria

@@ -24,7 +24,7 @@ from harness.cluster.catalogue.tiers import get_tier
 from harness.cluster.engines.fake.pacing import step_ms
 from harness.cluster.engines.simulated import simulated_engine
 from harness.cluster.simulator.blocks import block_keys
-from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.fleet import Workload, simulate
 from harness.cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from harness.cluster.simulator.step_time import LinearStep
 

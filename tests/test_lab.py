@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cluster.simulator.replica import Workload
+from harness.cluster.simulator.fleet import Workload
 from tests.lab import capacity, measured
 from tests.lab.__main__ import RESULTS
 from tests.lab.measured import fingerprint

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from conftest import harness, in_time, wait_for
 
-from harness.cluster.simulator.replica import Workload
+from harness.cluster.simulator.fleet import Workload
 from harness.record.results import read_results
 from tests.lab.processes import at_rate, serve, sessions, workload
 from tests.lab.traces import engine_server, write_all, write_trace

@@ -15,7 +15,7 @@ from harness.cli.runner.targets import SimulatedTarget, Target, choose_target
 from harness.cluster.catalogue.models import get_model
 from harness.cluster.catalogue.tiers import get_tier
 from harness.cluster.engines.simulated import SimulatedServer, changed, simulated_engine
-from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.fleet import Workload, simulate
 from harness.cluster.simulator.scheduler import VLLM, Limits
 from harness.cluster.simulator.step_time import LinearStep
 from harness.errors import UsageError

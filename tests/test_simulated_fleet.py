@@ -36,7 +36,7 @@ from harness.analysis.report.fleet import WITHIN
 from harness.analysis.rows.read import read_run
 from harness.cli.plan_fleet import plan_fleet as plan_fleet_verb
 from harness.cli.plan_fleet import simulated_engine
-from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.fleet import Workload, simulate
 from harness.cluster.simulator.scheduler import Limits
 from harness.slo import Criterion, criteria
 from tests.lab.fleet import SLO, Case, follow, judge, measured_runs, priced, serve, workload, write_rows

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.cluster.simulator.blocks import KVCache, block_keys
-from harness.cluster.simulator.replica import Outcomes, SimulatedReplica, Workload, _Fleet, simulate
+from harness.cluster.simulator.fleet import Outcomes, SimulatedReplica, Workload, _Fleet, simulate
 from harness.cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from harness.cluster.simulator.step_time import Chunk, LinearStep, NoisyStep, PaddedStep, StepTime
 from harness.cluster.simulator.vllm_limits import graph_sizes

@@ -39,7 +39,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from harness.cluster.simulator import scheduler as ours
 from harness.cluster.simulator.blocks import block_keys
-from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.fleet import Workload, simulate
 from harness.cluster.simulator.step_time import Chunk, LinearStep
 from tests.vllm_limits_oracle import limits_differ
 

@@ -12,7 +12,7 @@ from harness.cluster.catalogue.models import Model, for_tier, model_config, tens
 from harness.cluster.engines.vllm import misfit
 from harness.cluster.hardware.engine import HardwareEngine, engine_for
 from harness.cluster.hardware.error import cost_range
-from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.fleet import Workload, simulate
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 from harness.slo import Criterion

@@ -41,7 +41,7 @@ PCIE_GB_PER_S = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareEngine:
-    """One replica, for `cluster.simulator.replica.simulate`."""
+    """One replica, for `cluster.simulator.fleet.simulate`."""
 
     step_time: StepTime
     limits: Limits

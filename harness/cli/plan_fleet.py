@@ -187,7 +187,7 @@ def read_demand(path: Path, reading: ReadOptions) -> TraceDemand:
 def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> ServedTimes:
     """The project's own engine with the fitted step (`analysis.capacity.fitted_engine.Engine`)."""
     from harness.analysis.capacity.fitted_engine import ServedTimes
-    from harness.cluster.simulator.replica import Workload, simulate
+    from harness.cluster.simulator.fleet import Workload, simulate
     from harness.cluster.simulator.scheduler import Limits
     from harness.cluster.simulator.step_time import LinearStep
 

@@ -19,7 +19,7 @@ from harness.cluster.catalogue.models import Model
 from harness.cluster.engines.simulated import NAME, limit_args
 from harness.cluster.hardware.engine import HardwareEngine
 from harness.cluster.simulator.blocks import block_keys
-from harness.cluster.simulator.replica import Outcomes, Router, Sample, Workload, simulate
+from harness.cluster.simulator.fleet import Outcomes, Router, Sample, Workload, simulate
 from harness.cluster.simulator.scheduler import VLLM, Limits
 from harness.errors import UsageError
 from harness.options import ReplayOptions, RouterName

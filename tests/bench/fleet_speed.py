@@ -23,7 +23,7 @@ DAY_S, SWING, OUTPUT = 86_400.0, 0.7, 250
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    from harness.cluster.simulator.replica import Workload
+    from harness.cluster.simulator.fleet import Workload
     from tests.lab.fleet import measured_runs
 
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000

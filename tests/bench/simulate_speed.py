@@ -19,7 +19,7 @@ import numpy as np
 from harness.cluster.catalogue.models import get_model
 from harness.cluster.catalogue.tiers import get_tier
 from harness.cluster.engines.simulated import simulated_engine
-from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.fleet import Workload, simulate
 from harness.cluster.simulator.step_time import LinearStep
 from harness.record.simulated import SimulatedRows, write_rows
 

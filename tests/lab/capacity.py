@@ -22,7 +22,7 @@ from harness.analysis.capacity.sweep import Point
 from harness.analysis.stats.intervals import Quantity
 from harness.analysis.steady import only_grew
 from harness.cli.runner.capacity import RUNG, WARMUP, WINDOWS, window_count
-from harness.cluster.simulator.replica import Outcomes, Workload, simulate
+from harness.cluster.simulator.fleet import Outcomes, Workload, simulate
 from harness.cluster.simulator.scheduler import Limits
 from harness.cluster.simulator.step_time import LinearStep
 from harness.plan.file import Windows

@@ -17,7 +17,7 @@ import numpy as np
 from harness.analysis.stats.intervals import Quantity, distribution, rate, share
 from harness.analysis.stats.relaxation import ClosedLoop
 from harness.analysis.steady import steady_rate, steady_window
-from harness.cluster.simulator.replica import Outcomes, Workload, simulate
+from harness.cluster.simulator.fleet import Outcomes, Workload, simulate
 from tests.lab import truths
 from tests.lab.intervals import PRINTED, coverage, outside, together
 from tests.lab.processes import LIMITS, STEP, Floats

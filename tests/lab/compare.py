@@ -19,7 +19,7 @@ from harness.analysis.compare.paired import PairedRun
 from harness.analysis.metrics import Window
 from harness.analysis.rows.read import read_run
 from harness.analysis.summary import Summary, summarise
-from harness.cluster.simulator.replica import simulate
+from harness.cluster.simulator.fleet import simulate
 from harness.cluster.simulator.step_time import LinearStep, NoisyStep
 from tests.lab.processes import LIMITS, STEP, at_rate, workload
 from tests.lab.table import Coverage, Row

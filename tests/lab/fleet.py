@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from harness.analysis.report.fleet import WITHIN
-from harness.cluster.simulator.replica import Outcomes, Workload, simulate
+from harness.cluster.simulator.fleet import Outcomes, Workload, simulate
 from harness.cluster.simulator.scheduler import Limits
 from harness.cluster.simulator.step_time import NoisyStep
 from harness.record.results import Result

@@ -18,7 +18,7 @@ import numpy as np
 
 from harness.analysis.stats.intervals import Quantity, distribution, share
 from harness.analysis.stats.relaxation import Relaxation, relaxation
-from harness.cluster.simulator.replica import Outcomes, Workload
+from harness.cluster.simulator.fleet import Outcomes, Workload
 from tests.lab import truths
 from tests.lab.processes import LIMITS, STEP, Process, at_rate, serve, workload
 from tests.lab.series import BINS, binned, in_flight, tokens_of_steps

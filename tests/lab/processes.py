@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from harness.cluster.simulator.replica import Outcomes, Workload, simulate
+from harness.cluster.simulator.fleet import Outcomes, Workload, simulate
 from harness.cluster.simulator.scheduler import Limits
 from harness.cluster.simulator.step_time import LinearStep
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.analysis.stats.intervals import Quantity, distribution, rate, share
 from harness.analysis.stats.replicates import over_replicates
-from harness.cluster.simulator.replica import Outcomes, Workload, simulate
+from harness.cluster.simulator.fleet import Outcomes, Workload, simulate
 from harness.cluster.simulator.step_time import LinearStep, NoisyStep
 from tests.lab.intervals import memory
 from tests.lab.processes import LIMITS, STEP, at_rate, workload

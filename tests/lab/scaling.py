@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from harness.cluster.simulator.replica import Workload, simulate
+from harness.cluster.simulator.fleet import Workload, simulate
 from harness.cluster.simulator.scheduler import Limits
 from harness.cluster.simulator.step_time import NoisyStep, StepTime
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from harness.cluster.simulator.replica import Outcomes, Workload
+from harness.cluster.simulator.fleet import Outcomes, Workload
 from tests.lab.processes import Floats, Ints
 
 BINS = 200

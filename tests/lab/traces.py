@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.cluster.simulator.replica import Workload
+from harness.cluster.simulator.fleet import Workload
 from tests.lab.processes import LIMITS, PROCESSES, STEP, serve, sessions, workload
 
 ROOT = Path(__file__).resolve().parents[2]

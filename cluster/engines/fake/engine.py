@@ -2,7 +2,7 @@
 
 The scheduler and the step time are those of `cluster.simulator`. Each step ends at the end of the one before plus its
 own time, however late this process gets to it: lateness delays what is written and never what comes after. A request
-counts from when the kernel had it and is seen when the running step ends, so that `cluster.simulator.replica`, given
+counts from when the kernel had it and is seen when the running step ends, so that `cluster.simulator.fleet`, given
 ``came_ns`` of every request, ends its steps at the same times.
 """
 
