@@ -339,6 +339,27 @@ def test_checks_that_tell_nothing_are_no_evidence() -> None:
     assert word(GOOD & False, none, current=np.arange(N) % 40 == 0) == "quality not measured"
 
 
+def test_a_share_accepted_is_one_number_everywhere() -> None:
+    """The current model is right on all records that cannot tell, and on 60 % of the others."""
+    blind = np.arange(N) % 4 == 0
+    now = blind | (np.arange(N) % 5 < 3)
+    lost = now & (np.arange(N) % 20 != 1)
+    models = [replace(CURRENT, grades=(table(now),), again=(table(now),)), replace(EQUAL, grades=(table(lost),))]
+    found = audit_report(FACTS, models, slo={"e2e_p95": 2.0}, blind=blind, **WHOLE)  # type: ignore[arg-type]
+    answer, pair = found.answers[0], found.answers[0].verdict.paired
+    shares = [100 * float(x[~blind].mean()) for x in (lost, now)]
+    assert f"Accepted {shares[0]:.1f} % against {shares[1]:.1f} %" in answer.sentence
+    assert pair is not None and found.noise is not None and found.noise.n == pair.n == (~blind).sum()
+    for row, share in zip(found.models, reversed(shares), strict=True):
+        assert row.accepted is not None and 100 * row.accepted.value == pytest.approx(share)
+        assert row.usd_per_request is not None and row.usd_per_accepted is not None
+        assert row.usd_per_accepted.value == pytest.approx(row.usd_per_request.value / share * 100)
+    assert answer.usd_per_accepted is not None
+    assert answer.usd_per_accepted.value == pytest.approx(0.1 * shares[1] / shares[0])
+    with_them = f"With them accepted: now {100 * now.mean():.1f} %, then {100 * lost.mean():.1f} %."
+    assert sum(with_them in note for note in found.notes) == 1
+
+
 def test_what_todays_server_failed_does_not_speak_for_a_candidate() -> None:
     lost = GOOD & (np.arange(N) >= 6)
     flaky = replace(CURRENT, grades=(table(GOOD, failed=6),))

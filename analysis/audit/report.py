@@ -29,6 +29,7 @@ class ModelRow:
 
     name: str
     accepted: Bounded | None
+    """Share of the records whose check tells something."""
     ungraded: float | None
     """Share of records."""
     failed: float | None
@@ -120,6 +121,7 @@ def audit_report(
     policy = policy or Policy()
     current, *others = measured
     session, weight = facts.session, facts.weight
+    seen = np.ones(len(session), np.bool_) if blind is None else ~blind
     base = side_of(current.grades, current, facts, replace(policy, escalate=False), blameless=True)
     again = side_of(current.again, current, facts, replace(policy, escalate=False), blameless=True)
     sides = [side_of(one.grades, one, facts, policy, base) for one in others]
@@ -147,15 +149,17 @@ def audit_report(
                           blind=blind)  # fmt: skip
     verdicts = decide(asked, candidates, margin)
     rows = [
-        _row(one, side, current.fleet, stated, facts, requests_per_s)
+        _row(one, side, current.fleet, stated, facts, requests_per_s, seen)
         for one, side in zip(measured, [base, *sides], strict=True)
     ]
     rows = [replace(row, slo_met=met) for row, met in
             zip(rows, [current.slo_met, *(one.slo_met for one in candidates)], strict=True)]  # fmt: skip
     rows = [_per_1m(row, rows[0], current, weight) for row in rows]
-    noise = None if again is None or base is None or broken else paired(own, again.grades, session, weight)
+    noise = None
+    if again is not None and base is not None and not broken:
+        noise = paired(_of(seen, own), again.grades, session, weight)
     answers = tuple(
-        _answer(verdict, row, rows[0], (base, side), costs, facts, noise, candidate, one.judge)
+        _answer(verdict, row, rows[0], (base, side), costs, facts, noise, candidate, one.judge, seen)
         for verdict, row, side, costs, candidate, one
         in zip(verdicts, rows[1:], sides, bills, candidates, others, strict=True)
     )  # fmt: skip
@@ -163,8 +167,33 @@ def audit_report(
         schema=SCHEMA, made=made, folder=folder, trace=trace, records=records, graded=len(session),
         sessions=len(np.unique(session)), margin=margin, slo=dict(slo), requests_per_s=requests_per_s,
         checks_sha256=checks_sha256, noise=noise, noise_difference=_difference(noise), models=tuple(rows),
-        answers=answers, notes=tuple(notes),
+        answers=answers, notes=(*_unseen(seen, measured, [base, *sides], facts), *notes),
     )  # fmt: skip
+
+
+def _unseen(
+    seen: Bools, measured: Sequence[MeasuredModel], sides: Sequence[Side | None], facts: RecordFacts
+) -> list[str]:
+    """What is said of the records whose check tells nothing, and the shares accepted with them; empty: all tell."""
+    if seen.all():
+        return []
+    with_them = []
+    for one, side in zip(measured, sides, strict=True):
+        known = np.zeros(len(seen), np.bool_) if side is None else np.isfinite(side.grades)
+        if side is not None and known.any():
+            share = float(np.average(side.grades[known], weights=facts.weight[known]))
+            with_them.append(f"{one.name} {100 * share:.1f} %")
+    return [
+        f"The checks of {int((~seen).sum()):,} records tell nothing (garbage passes, or the current model is no better "
+        "than one constant answer): they are neither in the test nor in any share accepted"
+        + (f". With them accepted: {', '.join(with_them)}." if with_them else ".")
+    ]
+
+
+def _of(seen: Bools, grades: Floats) -> Floats:
+    """Grades of the records whose check tells something, NaN for the others."""
+    only: Floats = np.where(seen, grades, np.nan)
+    return only
 
 
 def settled_by_quality(
@@ -190,8 +219,9 @@ def settled_by_quality(
 
 
 def _row(
-    one: MeasuredModel, side: Side | None, current: Rented | None, stated: Stated, facts: RecordFacts, rate: float
-) -> ModelRow:
+    one: MeasuredModel, side: Side | None, current: Rented | None, stated: Stated, facts: RecordFacts, rate: float,
+    seen: Bools,
+) -> ModelRow:  # fmt: skip
     session, weight, tables = facts.session, facts.weight, one.grades
     row = ModelRow(
         name=one.name, accepted=None, ungraded=None, failed=None, cut=None, output_tokens=None, usd_per_request=None,
@@ -202,12 +232,13 @@ def _row(
     if side is None:
         return row
     known, said = np.isfinite(side.grades), np.isfinite(side.tokens)
+    told = known & seen
     ends = np.mean([[x == "length" for x in table.column("finish_reason").to_pylist()] for table in tables], axis=0)
     row = replace(
         row, ungraded=float(np.average(~known, weights=weight)),
         failed=float(np.average(np.mean([failed(table) for table in tables], axis=0), weights=weight)),
         cut=float(np.average(ends, weights=weight)),
-        accepted=_bounded(mean(side.grades[known], session[known], weight[known])) if known.any() else None,
+        accepted=_bounded(mean(side.grades[told], session[told], weight[told])) if told.any() else None,
         output_tokens=mean(side.tokens[said], session[said], weight[said]) if said.any() else None,
     )  # fmt: skip
     if side.served is None:
@@ -217,7 +248,11 @@ def _row(
     row = replace(row, calls=calls, escalated=up)
     fleets = [(fleet, share) for fleet, share in ((one.fleet, calls), (current, up)) if fleet is not None and share > 0]
     if not fleets:
-        return replace(row, usd_per_request=found.per_request, usd_per_accepted=found.per_accepted)
+        told = seen.astype(np.float64)
+        per_accepted = ratio(
+            [by_record(side.served, stated), told], [side.served.accepted * told, np.ones(len(told))], session, weight
+        )
+        return replace(row, usd_per_request=found.per_request, usd_per_accepted=per_accepted)
     whole = _not_below_0(found.per_request)
     full = whole if one.capacity_searched else None
     for fleet, share in fleets:
@@ -264,21 +299,21 @@ def _around(value: float, low: float, high: float) -> Bounded:
 
 def _answer(
     verdict: AuditVerdict, row: ModelRow, first: ModelRow, sides: tuple[Side | None, Side | None], costs: Costs | None,
-    facts: RecordFacts, again: Paired | None, candidate: CandidateModel, judge: JudgeTrust | None,
+    facts: RecordFacts, again: Paired | None, candidate: CandidateModel, judge: JudgeTrust | None, seen: Bools,
 ) -> CandidateAnswer:  # fmt: skip
     base, side = sides
     session, weight, pair = facts.session, facts.weight, verdict.paired
     results = tokens = per_accepted = slope = None
     whole = None if costs is None else costs.routed(np.ones(len(session), np.bool_))
     if pair is not None and base is not None and side is not None:
-        known = np.isfinite(base.grades) & np.isfinite(side.grades)
+        known = np.isfinite(base.grades) & np.isfinite(side.grades) & seen
         results = ratio([side.grades[known]], [base.grades[known]], session[known], weight[known])
         said = np.isfinite(base.tokens) & np.isfinite(side.tokens)
         tokens = ratio([side.tokens[said]], [base.tokens[said]], session[said], weight[said]) if said.any() else None
-        slope = depth_slope(base.grades, side.grades, facts)
+        slope = depth_slope(_of(seen, base.grades), side.grades, facts)
     if costs is not None and whole is not None:
         if costs.current.fleet is None and costs.candidate.fleet is None and not costs.stated.fixed_usd_per_month:
-            per_accepted = _per_accepted(costs, session, weight)
+            per_accepted = _per_accepted(costs, session, weight, seen.astype(np.float64))
         elif results is not None:
             per_accepted = whole.over(results)
     worse = verdict.word == "do not switch: worse"
@@ -316,11 +351,10 @@ def _break_even(costs: Costs) -> BreakEven | None:
     return break_even(sides[0], sides[1], costs.stated, costs.session, costs.weight)
 
 
-def _per_accepted(costs: Costs, session: Ints, weight: Floats) -> Bounded | None:
+def _per_accepted(costs: Costs, session: Ints, weight: Floats, told: Floats) -> Bounded | None:
     a, c = costs.current.served, costs.candidate.served
-    return ratio(
-        [by_record(c, costs.stated), a.accepted], [by_record(a, costs.stated), c.accepted], session, weight
-    )  # fmt: skip
+    over, under = [by_record(c, costs.stated), a.accepted * told], [by_record(a, costs.stated), c.accepted * told]
+    return ratio(over, under, session, weight)
 
 
 def sentence(verdict: AuditVerdict, row: ModelRow, first: ModelRow) -> str:
@@ -339,10 +373,15 @@ def sentence(verdict: AuditVerdict, row: ModelRow, first: ModelRow) -> str:
     if verdict.paired is not None and verdict.word != "INVALID":
         low, high = verdict.paired.interval()
         said += (
-            f". Accepted {100 * verdict.paired.candidate:.1f} % against {100 * verdict.paired.current:.1f} %: "
+            f". Accepted {_share(row, verdict.paired.candidate)} against {_share(first, verdict.paired.current)}: "
             f"{100 * verdict.paired.difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         )
     now, then = first.usd_per_accepted, row.usd_per_accepted
     if now is not None and then is not None and verdict.word != "INVALID":
         said += f"; USD per 1,000 accepted answers {1000 * now.value:.4g} now, {1000 * then.value:.4g} then"
     return said + "."
+
+
+def _share(row: ModelRow, among_pairs: float) -> str:
+    """Accepted, as the model's row has it: where some answers were not graded, pairs alone have another."""
+    return f"{100 * (among_pairs if row.accepted is None else row.accepted.value):.1f} %"

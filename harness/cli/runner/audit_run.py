@@ -257,9 +257,6 @@ def _report(
     notes = [f"The checks are not sound: {group.name}: {', '.join(group.faults)}." for group in faults]
     notes += origins
     uncapped = sum(record.source.max_tokens is None for record in graded)
-    if blind.any():
-        notes.append(f"The checks of {int(blind.sum()):,} records tell nothing (garbage passes, or the current model "
-                     "is no better than one constant answer): they are not in the test.")  # fmt: skip
     if uncapped:
         notes.append(f"{uncapped:,} records have no max_tokens: their answers were cut at {want.max_answer}.")
     if state.asked["keep_text"]:
