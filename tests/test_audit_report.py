@@ -319,7 +319,24 @@ def test_payroll_and_churn_are_thresholds_until_they_are_stated() -> None:
     assert outcomes(paid)[review] == "holds", "the same review of both models"
     even = report(CURRENT, EQUAL).answers[0].break_even
     assert even is not None and even.minutes_per_100 is None
-    assert even.review_usd_per_100.value == pytest.approx(0.9 * 280 / 1e6 * 100)
+    saving = 0.9 * 280 / 1e6
+    assert even.review_usd_per_100.value == pytest.approx(saving * 100)
+
+    def said(stated: Stated, *models: MeasuredModel) -> str:
+        return render_markdown(audit_sections(report(*models, stated=stated)))
+
+    # stated or not, where each turns is on the page
+    worse = replace(EQUAL, grades=(table(LOST),))
+    lost = float(np.mean(GOOD & ~LOST))
+    page = said(Stated(), CURRENT, worse)
+    assert "review counted: not stated; false above 0.0252 USD of review per 100 answers" in page
+    assert f"wrong answers counted: not stated; false above {saving / lost:.3g} " in page
+    assert "USD per wrong answer that goes out" in page
+    assert "review counted: not stated; false above 0.05 " in said(Stated(wage_usd_per_hour=30.24), CURRENT, worse)
+    assert "wrong answers counted: not stated; nothing that was measured turns it" in said(Stated(), CURRENT, EQUAL)
+    dear, unknown = (replace(EQUAL, price=price) for price in (TokenPrice(input=4, output=9), None))
+    assert "review counted: not stated; false at any" in said(Stated(), CURRENT, dear)
+    assert "review counted: not stated; threshold not measured" in said(Stated(), CURRENT, unknown)
 
 
 def test_checks_that_tell_nothing_are_no_evidence() -> None:

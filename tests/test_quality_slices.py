@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from harness.analysis.quality.slices import RecordFacts, depth_slope, slices
+from harness.analysis.quality.slices import RecordFacts, depth_slope, sessions_hit, slices
 
 N = 1000
 FACTS = RecordFacts(
@@ -60,3 +60,16 @@ def test_quality_against_depth_has_its_slope() -> None:
     assert found.value == pytest.approx(-0.05, abs=0.02)
     assert depth_slope(np.ones(N), np.ones(N), replace(FACTS, turn=np.ones(N, np.int64))) is None
     assert depth_slope(np.full(N, math.nan), np.ones(N), FACTS) is None
+
+
+def test_users_leave_for_the_worst_answer_of_a_session() -> None:
+    session = np.repeat(np.arange(100), 3)
+    current, candidate = np.ones(300), np.ones(300)
+    current[0], candidate[:30:3] = 0, 0  # one session today, ten then, of which one is the same
+    found = sessions_hit(current, candidate, session)
+    assert found is not None and found.value == pytest.approx(0.09) and found.low > 0
+    candidate[:30] = 0
+    again = sessions_hit(current, candidate, session)
+    assert again is not None and again.value == pytest.approx(0.09), "a session is hit once"
+    assert sessions_hit(np.where(session < 10, math.nan, current), candidate, session) is not None
+    assert sessions_hit(current, candidate, np.arange(300)) is None

@@ -13,11 +13,11 @@ from harness.analysis.arrays import Bools, Floats, Ints
 from harness.analysis.audit.model import MeasuredModel, Side, cascade_of, column, costs_of, failed, side_of, slo_of
 from harness.analysis.quality.bill import BreakEven, Costs, Policy, Rented, Stated, bill, break_even, by_record
 from harness.analysis.quality.cascade import Cascade
-from harness.analysis.quality.claims import Claim, stays_cheaper, usual_claims
+from harness.analysis.quality.claims import Claim, payroll_and_churn, usual_claims
 from harness.analysis.quality.estimate import Bounded, given, mean, ratio
 from harness.analysis.quality.judging import JudgeTrust, corrected
 from harness.analysis.quality.paired import ALPHA, Paired, like_another_run, paired
-from harness.analysis.quality.slices import RecordFacts, depth_slope, slices
+from harness.analysis.quality.slices import RecordFacts, depth_slope, sessions_hit, slices
 from harness.analysis.quality.verdict import AuditVerdict, CandidateModel, GradedRecords, Word, decide, settled
 
 SCHEMA = "harness.audit/1"
@@ -75,6 +75,9 @@ class CandidateAnswer:
     like_another_run: bool | None
     """It differs no more from the current model than that from itself."""
     depth_slope: Bounded | None
+    """Of the difference, per turn of a conversation; None: all graded records are of one turn."""
+    sessions_hit: Bounded | None
+    """Share of sessions with a rejected answer, candidate - current; None: every session has one record."""
     judge: JudgeTrust | None
     judged: Bounded | None
     """Share accepted, corrected by the judge's errors on labels; None: no judge, or one that tells nothing."""
@@ -248,9 +251,9 @@ def _row(
     row = replace(row, calls=calls, escalated=up)
     fleets = [(fleet, share) for fleet, share in ((one.fleet, calls), (current, up)) if fleet is not None and share > 0]
     if not fleets:
-        told = seen.astype(np.float64)
+        tells = seen.astype(np.float64)
         per_accepted = ratio(
-            [by_record(side.served, stated), told], [side.served.accepted * told, np.ones(len(told))], session, weight
+            [by_record(side.served, stated), tells], [side.served.accepted * tells, tells**0], session, weight
         )
         return replace(row, usd_per_request=found.per_request, usd_per_accepted=per_accepted)
     whole = _not_below_0(found.per_request)
@@ -303,7 +306,7 @@ def _answer(
 ) -> CandidateAnswer:  # fmt: skip
     base, side = sides
     session, weight, pair = facts.session, facts.weight, verdict.paired
-    results = tokens = per_accepted = slope = None
+    results = tokens = per_accepted = slope = hit = None
     whole = None if costs is None else costs.routed(np.ones(len(session), np.bool_))
     if pair is not None and base is not None and side is not None:
         known = np.isfinite(base.grades) & np.isfinite(side.grades) & seen
@@ -311,6 +314,7 @@ def _answer(
         said = np.isfinite(base.tokens) & np.isfinite(side.tokens)
         tokens = ratio([side.tokens[said]], [base.tokens[said]], session[said], weight[said]) if said.any() else None
         slope = depth_slope(_of(seen, base.grades), side.grades, facts)
+        hit = sessions_hit(_of(seen, base.grades), side.grades, session)
     if costs is not None and whole is not None:
         if costs.current.fleet is None and costs.candidate.fleet is None and not costs.stated.fixed_usd_per_month:
             per_accepted = _per_accepted(costs, session, weight, seen.astype(np.float64))
@@ -318,11 +322,10 @@ def _answer(
             per_accepted = whole.over(results)
     worse = verdict.word == "do not switch: worse"
     proven = verdict.not_worse is not None and verdict.not_worse <= ALPHA
-    user = None if costs is None else costs.stated
+    even = None if costs is None else _break_even(costs)
     claims = (
         *usual_claims(results, whole, False if worse else proven or None),
-        stays_cheaper("review", whole, bool(user and user.wage_usd_per_hour and user.review_minutes)),
-        stays_cheaper("wrong answers", whole, bool(user and user.failure_usd)),
+        *payroll_and_churn(whole, Stated() if costs is None else costs.stated, even),
     )
     return CandidateAnswer(
         verdict=verdict, sentence=sentence(verdict, row, first), difference=_difference(pair), usd_per_request=whole,
@@ -331,7 +334,7 @@ def _answer(
         judge=judge, judged=None if judge is None or pair is None else corrected(
             pair.candidate, pair.n, judge, judge.right, judge.wrong
         ),
-        cascade=candidate.cascade, claims=claims, break_even=None if costs is None else _break_even(costs),
+        cascade=candidate.cascade, claims=claims, break_even=even, sessions_hit=hit,
     )  # fmt: skip
 
 

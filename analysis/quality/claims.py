@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from harness.analysis.quality.bill import BreakEven, Stated
 from harness.analysis.quality.estimate import Bounded
 
 Outcome = Literal["holds", "fails", "not decided", "not measured", "not stated"]
@@ -22,6 +23,10 @@ class Claim:
     """Accepted answers of the candidate over those of the current model."""
     cost: Bounded | None
     """Bill of the candidate over that of the current model."""
+    false_above: Bounded | None = None
+    """Of what the claim leaves to the user, in ``unit``: above it the saving is gone, whatever was stated. None: the
+    bill was not measured, or nothing turns the claim (more of them are not surely there)."""
+    unit: str = ""
 
 
 def results_for_cost(results: Bounded | None, cost: Bounded | None, at_least: float, at_most: float) -> Claim:
@@ -55,8 +60,11 @@ def times_cheaper(
     return Claim(text=f"{at_least:g} to 10 times cheaper", outcome=outcome, results=results, cost=cost)
 
 
-def stays_cheaper(what: str, cost: Bounded | None, stated: bool) -> Claim:
-    """Whether it is cheaper with ``what`` the user stated in the bill, which ``cost`` then holds."""
+def stays_cheaper(what: str, cost: Bounded | None, stated: bool, false_above: Bounded | None, unit: str) -> Claim:
+    """Whether it is cheaper with ``what`` the user stated in the bill, which ``cost`` then holds.
+
+    Never judged by what was not stated; ``false_above``, the break-even in ``unit``, says from where on it is false.
+    """
     outcome: Outcome = "not decided"
     if not stated:
         outcome = "not stated"
@@ -66,7 +74,23 @@ def stays_cheaper(what: str, cost: Bounded | None, stated: bool) -> Claim:
         outcome = "holds"
     elif cost.low >= 1:
         outcome = "fails"
-    return Claim(text=f"cheaper, {what} counted", outcome=outcome, results=None, cost=cost)
+    text = f"cheaper, {what} counted"
+    return Claim(text=text, outcome=outcome, results=None, cost=cost, false_above=false_above, unit=unit)
+
+
+def payroll_and_churn(cost: Bounded | None, stated: Stated, even: BreakEven | None) -> tuple[Claim, ...]:
+    """Review by people, and wrong answers that go out: thresholds always, judged where the user stated their price.
+
+    Without a wage review has its threshold in USD.
+    """
+    paid = stated.wage_usd_per_hour
+    review = None if even is None else even.review_usd_per_100 if not paid else even.minutes_per_100
+    each = "review minutes per 100 answers" if paid else "USD of review per 100 answers"
+    wrong = None if even is None else even.failure_usd
+    return (
+        stays_cheaper("review", cost, bool(paid and stated.review_minutes), review, each),
+        stays_cheaper("wrong answers", cost, bool(stated.failure_usd), wrong, "USD per wrong answer that goes out"),
+    )
 
 
 def usual_claims(results: Bounded | None, cost: Bounded | None, not_worse: bool | None) -> tuple[Claim, ...]:

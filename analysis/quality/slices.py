@@ -112,3 +112,17 @@ def depth_slope(current: Floats, candidate: Floats, facts: RecordFacts) -> Bound
     y = difference - float(weight @ difference) / float(weight.sum())
     slope = float(weight @ (x * y)) / float(weight.sum()) / spread
     return mean(slope + x * (y - slope * x) / spread, session, weight)
+
+
+def sessions_hit(current: Floats, candidate: Floats, session: Ints) -> Bounded | None:
+    """Share of sessions with at least one rejected answer, candidate - current, a session counting once: users leave
+    for the worst answer that they get. None where no session has two records with both grades.
+    """
+    known = np.isfinite(current) & np.isfinite(candidate)
+    groups, place = np.unique(session[known], return_inverse=True)
+    if len(groups) in (0, len(place)):
+        return None
+    worst = np.ones((2, len(groups)))
+    for row, grades in zip(worst, (current, candidate), strict=True):
+        np.minimum.at(row, place, grades[known])
+    return mean(worst[0] - worst[1], groups, np.ones(len(groups)))

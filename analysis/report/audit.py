@@ -23,32 +23,38 @@ def audit_sections(report: AuditReport) -> list[Section]:
         f"{100 * report.margin:g} points; SLO {slo}; {figure(report.requests_per_s)} requests/s."
     )
     sections = [Section(title="Audit", lines=(*(answer.sentence for answer in report.answers), asked))]
-    sections += [_quality(report), _money(report)]
+    sections += [*_quality(report), *_money(report)]
     for answer in report.answers:
         sections += [_slices(answer), _ratios(answer), *_cascade(answer)]
     return [*sections, _trust(report)]
 
 
-def _quality(report: AuditReport) -> Section:
-    heads = (
-        "Model", "Accepted", "Difference", "Harmful / helpful", "Tokens per answer", "Cut", "Failed", "Ungraded",
-        "Verdict",
-    )  # fmt: skip
+def _quality(report: AuditReport) -> list[Section]:
+    heads = ("Model", "Verdict", "Accepted", "Difference", "Harmful / helpful")
     rows = []
     for row, answer in zip(report.models, [None, *report.answers], strict=True):
         pair = None if answer is None else answer.verdict.paired
         rows.append((
-            row.name, _points(row.accepted), "-" if answer is None else _points(answer.difference, sign=True),
+            row.name, Cell("today" if answer is None else answer.verdict.word, mark=_mark(answer)),
+            _points(row.accepted), "-" if answer is None else _points(answer.difference, sign=True),
             "-" if pair is None else f"{100 * pair.harmful:.1f} / {100 * pair.helpful:.1f} %",
-            _figure(row.output_tokens), _percent(row.cut), _percent(row.failed), _percent(row.ungraded),
-            Cell("today" if answer is None else answer.verdict.word, mark=_mark(answer)),
         ))  # fmt: skip
-    return Section(
-        title="Quality", table=Table(heads, rows, right=range(1, len(heads) - 1)),
-        notes=("Accepted and difference in points of 100, with 95 % intervals by session; harmful: right before, "
-               "wrong now. A request that a candidate's "
-               "server failed is a rejected answer; one that today's failed is not graded.",),
-    )  # fmt: skip
+    answers = [
+        (row.name, _figure(row.output_tokens), _percent(row.cut), _percent(row.failed), _percent(row.ungraded))
+        for row in report.models
+    ]
+    return [
+        Section(
+            title="Quality", table=Table(heads, rows, right=(2, 3, 4)),
+            notes=("Accepted and difference in points of 100, with 95 % intervals by session; harmful: right before, "
+                   "wrong now.",),
+        ),
+        Section(
+            title="Answers", table=Table(("Model", "Tokens per answer", "Cut", "Failed", "Ungraded"), answers),
+            notes=("A request that a candidate's server failed is a rejected answer; one that today's failed is not "
+                   "graded.",),
+        ),
+    ]  # fmt: skip
 
 
 def _mark(answer: CandidateAnswer | None) -> str | None:
@@ -59,17 +65,17 @@ def _mark(answer: CandidateAnswer | None) -> str | None:
     return "bad" if answer.verdict.word.startswith(("do not", "INVALID")) else "warn"
 
 
-def _money(report: AuditReport) -> Section:
-    heads = (
-        "Model", "USD per 1,000 requests", "USD per 1,000 accepted", "USD per 1M tokens of today's model", "Instances",
-        "Requests/s of one", "USD per 1,000 requests when full", "USD per 1,000 accepted when full", "SLO",
-    )  # fmt: skip
+def _money(report: AuditReport) -> list[Section]:
+    heads = ("Model", "SLO", "USD per 1,000 requests", "USD per 1,000 accepted", "Instances")
     rows = [
-        (
-            row.name, _figure(_thousand(row.usd_per_request)), _figure(_thousand(row.usd_per_accepted)),
-            _figure(row.usd_per_1m), _figure(row.instances), _figure(row.capacity),
-            _figure(_thousand(row.usd_per_request_full)), _figure(_thousand(row.usd_per_accepted_full)), _met(row),
-        )
+        (row.name, _met(row), _figure(_thousand(row.usd_per_request)), _figure(_thousand(row.usd_per_accepted)),
+         _figure(row.instances))
+        for row in report.models
+    ]  # fmt: skip
+    more = ("Model", "Requests/s of one", "Per 1,000 requests, full", "Per 1,000 accepted, full", "Per 1M tokens")
+    full = [
+        (row.name, _figure(row.capacity), _figure(_thousand(row.usd_per_request_full)),
+         _figure(_thousand(row.usd_per_accepted_full)), _figure(row.usd_per_1m))
         for row in report.models
     ]  # fmt: skip
     notes = [
@@ -79,10 +85,17 @@ def _money(report: AuditReport) -> Section:
             if row.calls is not None and row.escalated is not None and (row.calls != 1 or row.escalated)
         ),
         f"Whole instances at {figure(report.requests_per_s)} requests/s, with each model's own answer lengths; "
-        "review and failures as far as they were stated. When full: of an instance at its capacity, at any volume.",
+        "review and failures as far as they were stated.",
         *(f"{row.name}: {row.load}" for row in report.models if row.load),
     ]
-    return Section(title="Money", table=Table(heads, rows), notes=notes)
+    return [
+        Section(title="Money", table=Table(heads, rows, right=(2, 3, 4)), notes=notes),
+        Section(
+            title="Money, other units", table=Table(more, full),
+            notes=("USD. Full: of an instance at its capacity, at any volume. Per 1M tokens: of today's model for "
+                   "the same requests, since tokenizers differ.",),
+        ),
+    ]  # fmt: skip
 
 
 def _met(row: ModelRow) -> str:
@@ -90,18 +103,18 @@ def _met(row: ModelRow) -> str:
 
 
 def _slices(answer: CandidateAnswer) -> Section:
-    heads = ("Slice", "Share", "Records", "Difference", "State", "Records missing")
+    heads = ("Slice", "State", "Difference", "Share", "Records", "Records missing")
     rows = [
         (
-            part.name, f"{part.share:.0%}", f"{part.paired.n:,}", _points(_around(part), sign=True),
-            Cell(part.state, mark={"worse": "bad", "not worse": "good"}.get(part.state, "quiet")),
+            part.name, Cell(part.state, mark={"worse": "bad", "not worse": "good"}.get(part.state, "quiet")),
+            _points(_around(part), sign=True), f"{part.share:.0%}", f"{part.paired.n:,}",
             "-" if part.missing is None else f"{part.missing:,}",
         )
         for part in answer.verdict.slices
     ]  # fmt: skip
     note = "Intervals are not adjusted, states are (Holm over the slices of a candidate)."
     return Section(
-        title=f"Slices of {answer.verdict.candidate}", table=Table(heads, rows, right=(1, 2, 3, 5)) if rows else None,
+        title=f"Slices of {answer.verdict.candidate}", table=Table(heads, rows, right=(2, 3, 4, 5)) if rows else None,
         notes=(note,) if rows else ("None is large enough.",),
     )  # fmt: skip
 
@@ -140,6 +153,8 @@ def _ratios(answer: CandidateAnswer) -> Section:
     ]
     if answer.depth_slope is not None:
         facts.append(("points per turn of a conversation", _points(answer.depth_slope, sign=True)))
+    if answer.sessions_hit is not None:
+        facts.append(("points, sessions with a rejected answer", _points(answer.sessions_hit, sign=True)))
     if answer.judged is not None:
         facts.append(("accepted, corrected by the judge's errors", _points(answer.judged)))
     facts += [
@@ -150,10 +165,7 @@ def _ratios(answer: CandidateAnswer) -> Section:
     even = answer.break_even
     if even is not None:
         given: list[tuple[str, Bounded | None]] = [
-            ("false above USD per wrong answer that goes out", even.failure_usd),
             ("false above wrong answers that go out, share", even.failure_rate),
-            ("false above USD of review per 100 answers", even.review_usd_per_100),
-            ("false above review minutes per 100 answers", even.minutes_per_100),
             ("false above review minutes per wrong answer more", even.minutes_per_failure),
             ("false below requests per month", even.requests_per_month),
         ]
@@ -170,7 +182,14 @@ def _around(part: SliceVerdict) -> Bounded:
 
 
 def _claim(claim: Claim) -> str:
-    return f"{claim.text}: {claim.outcome}"
+    said = f"{claim.text}: {claim.outcome}"
+    if not claim.unit:
+        return said
+    if claim.false_above is None:
+        return f"{said}; " + ("threshold not measured" if claim.cost is None else "nothing that was measured turns it")
+    if claim.false_above.value <= 0:
+        return f"{said}; false at any: there is no saving to spend on it"
+    return f"{said}; false above {_figure(claim.false_above)} {claim.unit}"
 
 
 def _trust(report: AuditReport) -> Section:
