@@ -46,7 +46,8 @@ IDLE_MINUTES = 60
 _ENV, _SOURCE, _TOKEN = "/home/ubuntu/harness-env", "/home/ubuntu/harness", "/home/ubuntu/.ray/auth_token"
 _ROOT = Path(__file__).resolve().parents[2]
 _SHIPPED = (
-    "harness", "scenarios", "cluster", "analysis", "tests/bench/bench.mk", "pyproject.toml", "README.md", "Makefile",
+    "harness", "scenarios", "cluster", "analysis", "tests/bench/bench.mk", "pyproject.toml", "README.md", "LICENSE",
+    "Makefile",
 )  # fmt: skip
 """What a node needs of this checkout to install it."""
 
