@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from harness.audit.grades import grade_run
-from harness.audit.records import check_gates, read_records
+from harness.audit.records import check_gates, read_records, sampled
 from harness.checks.grade import Grader
 from harness.checks.lint import LintRecord, lint
 from harness.cli.runner.audit import QualityPass
@@ -32,6 +32,26 @@ def test_sessions_that_share_a_prompt_are_one(tmp_path: Path) -> None:
     found = [record.session for record in read_records(open_asked(file, PlanOptions()), None, None)]
     assert found[0] == found[1] == found[2] == found[3] and found[5] == found[6]
     assert len(set(found)) == 3
+
+
+def test_a_sample_keeps_shares_whole_conversations_and_what_has_no_check(tmp_path: Path) -> None:
+    """90 % sums and 10 % chats; chats of two turns, one of them graded; a session without any check."""
+    rows: list[dict[str, object]] = [
+        {"prompt": f"sum {i}", "expected": str(i % 2), "check": {"type": "exact"}, "tags": ["sum"]} for i in range(180)
+    ]
+    for i in range(20):
+        rows += [{"prompt": f"chat {i} {turn}", "session_id": f"chat{i}", "tags": ["chat"],
+                  **({"expected": "a", "check": {"type": "exact"}} if turn else {})} for turn in (0, 1)]  # fmt: skip
+    rows.append({"prompt": "plain"})
+    file = tmp_path / "trace.jsonl"
+    file.write_text("".join(json.dumps({"arrival_s": k, **row}) + "\n" for k, row in enumerate(rows)))
+    records = read_records(open_asked(file, PlanOptions()), None, None)
+    few = sampled(records, 50, 1)
+    graded = [one for one in few if one.check is not None]
+    assert [len([one for one in graded if one.prompt.startswith(kind)]) for kind in ("sum", "chat")] == [45, 5]
+    chats = [one.session for one in few if one.prompt.startswith("chat")]
+    assert all(chats.count(one) == 2 for one in chats) and few[-1].prompt == "plain"
+    assert sampled(records, 1000, 1) == records and sampled(records, 50, 2) != few == sampled(records, 50, 1)
 
 
 def test_what_another_process_sealed_is_not_graded(tmp_path: Path) -> None:

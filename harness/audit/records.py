@@ -8,7 +8,9 @@ model under load gave by itself. Both are private files (0600), as plans are: th
 from __future__ import annotations
 
 import hashlib
+import heapq
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,16 +164,54 @@ def checks_sha256(records: Iterable[AuditedRecord]) -> str:
 
 
 def sampled(records: Sequence[AuditedRecord], most: int, seed: int) -> list[AuditedRecord]:
-    """Whole sessions, drawn by ``seed``, until ``most`` graded records would be passed; in the order of the trace."""
-    sizes: dict[int, int] = {}
-    for record in records:
-        sizes[record.session] = sizes.get(record.session, 0) + (record.check is not None)
+    """At most ``most`` graded records, drawn by ``seed``, in the order of the trace.
+
+    Tags and kinds of check keep their shares, as do the sessions in each, and the truths in these as far as they can:
+    of a few whole sessions, one constant answer might be right. Conversations stay whole; a session all of whose
+    records are a first turn is none. Records without a check come with their sessions.
+    """
+    luck = np.random.default_rng(seed).permutation(len(records)).tolist()
+    by_session: dict[int, list[int]] = {}
+    for k, record in enumerate(records):
+        by_session.setdefault(record.session, []).append(k)
+    strata: dict[object, dict[int, list[tuple[list[int], object]]]] = {}
+    had_truths, truths = Counter[object](), Counter[object]()
+    for session, places in by_session.items():
+        graded = [k for k in places if records[k].check is not None]
+        apart = all(records[k].source.turn == 0 for k in places)
+        for unit in [] if not graded else [[k] for k in graded] if apart else [places]:
+            first = records[graded[0] if not apart else unit[0]]
+            name: object = (first.kind, *sorted(first.source.tags or ()))
+            truth: object = (name, first.sha256)
+            strata.setdefault(name, {}).setdefault(session, []).append((unit, truth))
+            had_truths[truth] += 1
+    # the least drawn stratum is next, and in it the least drawn session: (share drawn, luck, what, how many it had)
+    waiting = [(0.0, luck[next(iter(parts.values()))[0][0][0]], name, sum(map(len, parts.values())))
+               for name, parts in strata.items()]  # fmt: skip
+    inside = {name: [(0.0, luck[units[0][0][0]], session, len(units)) for session, units in parts.items()]
+              for name, parts in strata.items()}  # fmt: skip
+    for heap in (waiting, *inside.values()):
+        heapq.heapify(heap)  # type: ignore[arg-type]
     taken, left = set[int](), most
-    for session in np.random.default_rng(seed).permutation(list(sizes)).tolist():
-        if sizes[session] <= left:
-            taken.add(session)
-            left -= sizes[session]
-    return [record for record in records if record.session in taken]
+    while waiting and left:
+        drawn, tie, name, had = heapq.heappop(waiting)
+        share, order_, session, units_had = heapq.heappop(inside[name])
+        units = strata[name][session]
+        unit, truth = min(units, key=lambda one: (truths[one[1]] / had_truths[one[1]], luck[one[0][0]]))
+        units.remove((unit, truth))
+        truths[truth] += 1
+        size = sum(records[k].check is not None for k in unit)
+        if size <= left:
+            taken.update(unit)
+            left -= size
+        if units:
+            heapq.heappush(inside[name], (share + 1 / units_had, order_, session, units_had))
+        if inside[name]:
+            heapq.heappush(waiting, (drawn + 1 / had, tie, name, had))
+    came = {records[k].session for k in taken}
+    ungraded = {session for session, places in by_session.items() if all(records[k].check is None for k in places)}
+    return [one for k, one in enumerate(records)
+            if k in taken or (one.check is None and one.session in came | ungraded)]  # fmt: skip
 
 
 def order(graded: Sequence[AuditedRecord], seed: int, again: int) -> list[AuditedRecord]:
