@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -119,7 +119,10 @@ class LoadProgress:
         span_s: float | None,
         slo: Mapping[str, float] | None = None,
         attain: float = 0.99,
+        also: Callable[[Mapping[str, object]], None] | None = None,
     ) -> None:
+        """``also``: hears the counts, too."""
+        self._also = also
         self._out, self._total, self._span_s = out, total, span_s
         self._limits = [
             (metric, attain if share is None else share, limit)
@@ -145,6 +148,8 @@ class LoadProgress:
 
     def update(self, counts: Mapping[str, object]) -> None:
         """Show the newest merged counts of all load workers (sent, done, failed, in_flight, and `LIVE` in ``*_s``)."""
+        if self._also is not None:
+            self._also(counts)
         now = time.monotonic()
         done = _int(counts.get("done"))
         for metric, seen in self._samples.items():

@@ -171,6 +171,18 @@ def _ratio(text: str) -> tuple[float, float, float | None]:
     return parts[0], parts[1], parts[2] if len(parts) == 3 else None
 
 
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UsageError(
+            f"{text!r}: not [HOST:]PORT, like 9464, 0 (any free port) or 0.0.0.0:9464; without a value the option goes "
+            "last, or before another option"
+        )
+    return f"{host.strip('[]') or '127.0.0.1'}:{int(port)}"
+
+
+LIVE_ADDRESS = "127.0.0.1:9464"
+"""The port that exporters for Prometheus have by convention of OpenTelemetry."""
 COUNT = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 PATH = click.Path(path_type=Path)
@@ -198,6 +210,8 @@ WARMUP = Parsed("warmup", _warmup)
 """An integer of requests from ``20``, or a float of seconds from ``30s``."""
 CANCEL = Parsed("cancel", _cancel)
 """(share of requests, seconds after they were sent) from ``5%@2s``."""
+ADDRESS = Parsed("address", _address)
+"""``host:port`` from ``9464`` (then 127.0.0.1) or ``0.0.0.0:9464``."""
 STEP = Parsed("step", _step_s)
 """Seconds of a step, and of each sequence, prompt token and context token in it, from milliseconds."""
 JSON_OBJECT = Parsed("json", _json_object)
@@ -207,14 +221,14 @@ RATIO = Parsed("ratio", _ratio, lambda ratio: ":".join(f"{part:g}" for part in r
 
 def opt(
     help: str, default: Any = None, *, kind: Any = None, flag: str | None = None, metavar: str | None = None,  # noqa: A002
-    required: bool = False,
+    required: bool = False, bare: Any = None,
 ) -> Any:  # fmt: skip
     """A field of a class of options that is an option of the command line, too: ``help`` describes both.
 
     ``kind``: a click type or a `Literal`; else found from the name and the default (`click_option`). ``flag``: the ways
-    to write it.
+    to write it. ``bare``: the value of the option where it is given without one.
     """
-    metadata = {"help": help, "kind": kind, "flag": flag, "metavar": metavar, "required": required}
+    metadata = {"help": help, "kind": kind, "flag": flag, "metavar": metavar, "required": required, "bare": bare}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -233,8 +247,12 @@ def click_option(f: Field[Any], heading: str, instead: Mapping[str, Any]) -> cli
     quiet = default in (None, {}, "") or several or flag
     shown = None if quiet else kind.show(default) if isinstance(kind, Parsed) else True
     given: dict[str, Any] = {} if several or default in (None, "") else {"default": default}  # None would be a value
+    if said["bare"] is not None:
+        given |= {"is_flag": False, "flag_value": said["bare"]}
+    elif flag:
+        given |= {"is_flag": True}
     option = click.Option(
-        [*flags, f.name], help=said["help"], metavar=said["metavar"], multiple=several, is_flag=flag,
+        [*flags, f.name], help=said["help"], metavar=said["metavar"], multiple=several,
         type=None if flag else kind, required=said["required"], show_default=shown,
         **given,
     )  # fmt: skip

@@ -18,6 +18,7 @@ import click
 
 from harness.errors import UsageError
 from harness.option_types import (
+    ADDRESS,
     CANCEL,
     COLUMNS,
     COUNT,
@@ -25,6 +26,7 @@ from harness.option_types import (
     FILE,
     GROWTH,
     JSON_OBJECT,
+    LIVE_ADDRESS,
     POSITIVE,
     SHARE,
     STAGES,
@@ -264,6 +266,10 @@ class LoadOptions(AccessOptions):
     no_counters: bool = opt(
         "Do not read the servers' own counters: token counts and restarts are then not checked.", False
     )
+    live: str | None = opt(
+        "Show the test as it runs: a page with its charts, and /metrics for Prometheus, at http://localhost:9464 or at "
+        "this port or address.", kind=ADDRESS, bare=LIVE_ADDRESS, metavar="[[HOST:]PORT]",
+    )  # fmt: skip
     slo: Mapping[str, float] | None = opt(
         "The SLO: ttft=2s,tpot=100ms of each request, or ttft_p99=2s,tpot_p95=80ms (also e2e, itl_max).",
         metavar="KEY=TIME,...",

@@ -43,11 +43,15 @@ def run_charts(run: Run, summary: Summary, found: Curves, linked: str) -> dict[s
 
 
 def _limits_of(summary: Summary) -> Limits:
+    return {} if summary.slo is None else limits_of(summary.slo.limits, summary.slo.attain)
+
+
+def limits_of(slo: Mapping[str, float], attain: float) -> Limits:
+    """The first limit on each metric; ``attain``: the share of a limit that names none."""
     found: dict[str, tuple[float, float]] = {}
-    if (slo := summary.slo) is not None:
-        for key, limit in slo.limits.items():
-            name, share = split_key(key)
-            found.setdefault(name, (slo.attain if share is None else share, limit))
+    for key, limit in slo.items():
+        name, share = split_key(key)
+        found.setdefault(name, (attain if share is None else share, limit))
     return found
 
 
@@ -108,19 +112,31 @@ def _two_lines(grid: Floats, requests: int, share: float = 0.99) -> list[PlotLin
 
 def _timeline(summary: Summary, found: Curves, limits: Limits, linked: str) -> list[Chart]:
     """Load, in flight, latency and tokens on one time axis; server queue and KV cache where the server told."""
+    spoken = {"ttft": _spoken(summary.metrics.ttft), "itl": _spoken(summary.metrics.itl)}
+    counts = summary.requests
+    return timeline(
+        found, limits, linked, spoken, open_loop=summary.load.mode == "open", sent=counts.sent,
+        succeeded=counts.succeeded,
+    )  # fmt: skip
+
+
+def timeline(
+    found: Curves, limits: Limits, linked: str, spoken: Mapping[str, str], *, open_loop: bool, sent: int, succeeded: int
+) -> list[Chart]:
+    """The same of any curves; ``spoken``: metric -> what its picture says to who cannot see it."""
     chart = partial(_over_time, found, linked, small=True)
 
-    def latency(name: str, said: Distribution) -> Chart:
+    def latency(name: str, said: str) -> Chart:
         share, _ = limits.get(name, (0.99, 0.0))
-        lines = _two_lines(found.grids[name], summary.requests.succeeded, share)
-        return chart(name.upper(), "s", lines, _spoken(said), log_y=True, marks=_across(limits.get(name)))
+        lines = _two_lines(found.grids[name], succeeded, share)
+        return chart(name.upper(), "s", lines, said, log_y=True, marks=_across(limits.get(name)))
 
     def line(name: str, values: Floats, color: str = "accent") -> PlotLine:
-        return PlotLine(name=name, y=_points(joined(values, found, summary.requests.sent)), color=color, shape="step")
+        return PlotLine(name=name, y=_points(joined(values, found, sent)), color=color, shape="step")
 
-    load = [line("planned", found.planned, "muted")] if summary.load.mode == "open" else []
+    load = [line("planned", found.planned, "muted")] if open_loop else []
     load.append(line("sent", found.sent))
-    if found.failed.any():
+    if (found.failed > 0).any():  # NaN: not known yet
         load.append(line("failed", found.failed, "bad"))
     flight = [PlotLine(name="client: in flight", y=_points(found.in_flight))]
     flight += [
@@ -129,18 +145,23 @@ def _timeline(summary: Summary, found: Curves, limits: Limits, linked: str) -> l
         if name in found.server
     ]
     charts = [
-        chart("Load", "req/s", load, f"mean {found.sent.mean():.4g} requests sent a second"),
-        chart("In flight", "requests", flight, f"mean {found.in_flight.mean():.4g} requests"),
-        latency("ttft", summary.metrics.ttft),
-        latency("itl", summary.metrics.itl),
+        chart("Load", "req/s", load, f"mean {_mean(found.sent)} requests sent a second"),
+        chart("In flight", "requests", flight, f"mean {_mean(found.in_flight)} requests"),
+        *(latency(name, said) for name, said in spoken.items()),
     ]
     for name, values in (("Output", found.output_tokens), ("Input", found.input_tokens)):
-        tokens = [line(f"{name.lower()} tokens", values)]
-        charts.append(chart(f"{name} tokens", "tokens/s", tokens, f"mean {values.mean():.4g} a second"))
+        if np.isfinite(values).any():
+            tokens = [line(f"{name.lower()} tokens", values)]
+            charts.append(chart(f"{name} tokens", "tokens/s", tokens, f"mean {_mean(values)} a second"))
     if (usage := found.server.get("kv_cache_usage")) is not None:
         used = [PlotLine(name="in use, fullest replica", y=_points(usage))]
         charts.append(chart("KV cache", "%", used, f"highest {np.nanmax(usage):.0%}", share=True))
     return charts
+
+
+def _mean(values: Floats) -> str:
+    known = values[np.isfinite(values)]
+    return f"{known.mean():.4g}" if len(known) else "not known"
 
 
 def _lag(run: Run, summary: Summary, found: Curves, asked: dict[str, float], linked: str) -> list[Chart]:

@@ -144,9 +144,13 @@ def over_time(grid: Floats, requests: int, tail: float = 0.99) -> tuple[Floats, 
 
 
 def joined(rates: Floats, found: Curves, requests: int) -> Floats:
-    """Rates per time bin as means of neighbouring bins: at least `SECOND` long and of a few requests each."""
+    """Rates per time bin as means of neighbouring bins: at least `SECOND` long and of a few requests each. Bins that
+    are NaN (not known yet) count in none.
+    """
     group = max(_group(requests, FEW), next((k for k in GROUPS if found.window.bin_s * k >= SECOND), GROUPS[-1]))
-    return np.repeat(rates.reshape(-1, group).mean(axis=1), group)
+    parts = rates.reshape(-1, group)
+    of = np.isfinite(parts).sum(axis=1)
+    return np.repeat(np.divide(np.nansum(parts, axis=1), of, out=np.full(len(of), np.nan), where=of > 0), group)
 
 
 def _group(requests: int, wanted: int) -> int:

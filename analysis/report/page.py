@@ -25,6 +25,7 @@ from harness.analysis.labels import clean
 from harness.analysis.report import run as report
 from harness.analysis.report.compared import compare_runs
 from harness.analysis.report.document import PROVES_NOTHING, Chart, Section
+from harness.analysis.report.live import LiveRun
 from harness.analysis.report.view import RunView
 from harness.errors import ResultsError
 
@@ -48,10 +49,11 @@ def _page(**values: Any) -> str:
         charts.append(chart)
         return len(charts) - 1
 
-    absent = dict.fromkeys(("one", "comparison", "verb", "first", "made"))
-    css, js = _style_and_script()
+    absent = dict.fromkeys(("one", "comparison", "verb", "first", "made", "live"))
+    live = values.get("live") is not None
+    css, js = _style_and_script(live=live)
     page = _templates().get_template("page.html").render(
-        **{**absent, **values}, css=css, js=js, policy=_policy(), proves_nothing=PROVES_NOTHING,
+        **{**absent, **values}, css=css, js=js, policy=_policy(css, js, live=live), proves_nothing=PROVES_NOTHING,
         chart_number=number, data=lambda: _json_for_script(charts),
     )  # fmt: skip
     return with_terms(page) + "\n"
@@ -69,6 +71,18 @@ def write_sections_page(path: Path, verb: str, sections: Sequence[Section], made
     """Write what ``verb`` prints as a page; otherwise as `write_page`. ``made``: the time."""
     title = next((section.title for section in sections if section.title), verb)
     return _write(path, _page(title=title, verb=verb, made=made, first=sections[0], sections=sections[1:]))
+
+
+def render_live(live: LiveRun) -> str:
+    """The page of a test that runs, as of now; it asks for `live_json` at ``live.json`` each second."""
+    return _page(title=live.test.run, verb="live", live=live, sections=live.sections())
+
+
+def live_json(live: LiveRun) -> str:
+    """What the page renews itself from: state, figures, and its charts in their order."""
+    charts = [chart for section in live.sections() for chart in section.charts]
+    found = {"say": live.state(), "over": live.over, "facts": live.facts(), "charts": charts}
+    return msgspec.json.encode(found).decode()
 
 
 def _write(path: Path, text: str) -> int:
@@ -102,10 +116,12 @@ def _templates() -> jinja2.Environment:
 
 
 @cache
-def _style_and_script() -> tuple[Markup, Markup]:
+def _style_and_script(*, live: bool = False) -> tuple[Markup, Markup]:
     """Both as the page holds them. uPlot is inlined: other plotting libraries are many times its size."""
     css = _file("uplot.css") + "\n" + _file("page.css")
-    js = f"/*\n{_file('uplot-LICENSE.txt')}*/\n{_file('uplot.js')}\n{_file('page.js')}"
+    js = f"/*\n{_file('uplot-LICENSE.txt')}*/\n{_file('uplot.js')}\n{_file('page.js')}" + (
+        f"\n{_file('live.js')}" if live else ""
+    )
     return Markup(css), Markup(js)  # noqa: S704 - ours
 
 
@@ -114,14 +130,14 @@ def _file(name: str) -> str:
     return resources.files("harness.analysis.report").joinpath("web", name).read_text("utf-8")
 
 
-def _policy() -> str:
-    """The Content-Security-Policy of a page: nothing but the page's own style and script, by hash."""
-    js, css = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in reversed(_style_and_script())
-    )
+def _policy(css: Markup, js: Markup, *, live: bool = False) -> str:
+    """The Content-Security-Policy of a page: nothing but the page's own style and script, by hash; a live one may ask
+    where it came from.
+    """
+    by_js, by_css = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (js, css))
     return (
-        f"default-src 'none'; script-src 'sha256-{js}'; style-src 'sha256-{css}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src 'sha256-{by_js}'; style-src 'sha256-{by_css}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'" + ("; connect-src 'self'" if live else "")
     )
 
 

@@ -119,7 +119,7 @@ def _spec(trace: Path, search: SearchOptions, options: ReplayOptions) -> SweepSp
     from harness.cluster.catalogue.tiers import DEFAULT_TIER
     from harness.sweep.spec import Loads, SweepSpec
 
-    own = ("base_urls", "model", "tier", "replicas", "seed", "ratio", "format_")
+    own = ("base_urls", "model", "tier", "replicas", "seed", "ratio", "format_", "live")
     asked = options.serve
     urls = list(asked.base_urls)
     model = asked.model or (None if urls else DEFAULT_MODEL)

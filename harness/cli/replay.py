@@ -213,9 +213,11 @@ def _new_run(out: Path, name: str, target: Target, asked: ReplayOptions) -> tupl
 
 def _run_and_report(run: RunDir, target: Target, asked: ReplayOptions, url: str | None) -> int:
     from harness.cli.results import report_run
+    from harness.cli.runner.live import live_page
     from harness.cli.runner.steps import execute_point
     from harness.store.follow import mirrored
 
+    live_page(asked.load.live)
     with mirrored(url, run.path, say), target.open(run) as servers:
         execute_point(run, servers, asked)
     return report_run(run.path, asked.report, asked.load.slo)

@@ -223,6 +223,8 @@ class Sampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=path.stem, daemon=True)
         self.trouble: str | None = None
+        self.latest: dict[str, object] | None = None
+        """The newest row, for whoever watches."""
 
     def sample(self) -> dict[str, object] | None:
         """One row but its ``t_ns``; null: none this time."""
@@ -252,6 +254,7 @@ class Sampler:
                         row["t_ns"] = time.monotonic_ns() - self._start_mono_ns
                         stream.write_batch(pa.RecordBatch.from_pylist([row], schema=self._schema))
                         sink.flush()
+                        self.latest = row
                     due = max(due + EVERY_S, time.monotonic())
         except OSError as e:
             self.trouble = f"{self._path}: cannot write ({e.strerror or e})"

@@ -19,7 +19,8 @@
     if (size < 0.9995) return digits(v * 1e3) + " ms";
     return digits(v) + " s";
   };
-  const clock = (end) => (v) => {
+  const clock = (c) => (v) => {
+    const end = c.x[c.x.length - 1];
     if (end < 120) return digits(v, 4) + " s";
     const h = Math.floor(v / 3600), m = Math.floor(v / 60) % 60, s = Math.floor(v % 60);
     const two = (k) => String(k).padStart(2, "0");
@@ -63,7 +64,7 @@
   const axis = (c, key, bare_x) => {
     const log = key === "x" ? c.log_x : c.log_y;
     const unit = key === "x" ? c.x_unit : c.y_unit;
-    const say = key === "x" && c.x_time ? clock(c.x[c.x.length - 1]) : ticks(unit);
+    const say = key === "x" && c.x_time ? clock(c) : ticks(unit);
     const bare = key === "x" && !c.x_time && !["s", "%", "USD"].includes(unit);
     const label = key !== "x" ? undefined : c.small || c.x_time ? undefined : bare ? `${c.x_label}, ${unit}` : c.x_label;
     const made = {
@@ -168,11 +169,10 @@
       return [Math.max(0, low - room), high + room];
     };
   };
+  const dataOf = (c) => [c.x, ...c.lines.map((l) => l.y.map((v) => v != null && (!c.log_y || v > 0) ? v : null))];
   const draw = (figure) => {
     const c = charts[+figure.dataset.chart];
     const plot = figure.querySelector(".plot"), caption = figure.querySelector("figcaption");
-    const positive = (v) => v != null && (!c.log_y || v > 0) ? v : null;
-    const values = c.lines.map((l) => l.y.map(positive));
     const last = c.small && figure.matches(":last-child");
     const width = plot.clientWidth, height = c.small ? 112 : 240;
     if (!width) return;
@@ -184,14 +184,14 @@
       },
       axes: [axis(c, "x", c.small && !last), axis(c, "y")],
       series: [
-        { label: "", value: (self, v) => v == null ? "" : c.x_time ? clock(c.x[c.x.length - 1])(v) : words(c.x_unit)(v) },
+        { label: "", value: (self, v) => v == null ? "" : c.x_time ? clock(c)(v) : words(c.x_unit)(v) },
         ...c.lines.map((l, k) => series(c, l, k)),
       ],
       legend: { live: true, mount: (self, el) => caption.append(el), markers: { width: 0, fill: (self, i) => color(c.lines[i - 1].color) } },
       cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false }, ...(c.linked ? { sync: { key: c.linked, setSeries: false, scales: ["x", null] } } : {}) },
       hooks: { draw: [overlays(c)] },
     };
-    drawn.set(figure, { chart: new uPlot(options, [c.x, ...values], plot), width });
+    drawn.set(figure, { chart: new uPlot(options, dataOf(c), plot), width });
   };
   const erase = (figure) => {
     const entry = drawn.get(figure);
@@ -246,6 +246,19 @@
     }
     figure.append(box);
   };
+
+  // ---- a test that runs (live.js): new numbers in the same charts; what is zoomed in or hidden stays so
+  const renew = (next) => {
+    for (const [figure, { chart }] of drawn) {
+      const k = +figure.dataset.chart, was = charts[k].x, { min, max } = chart.scales.x;
+      const zoomed = min > was[0] || max < was[was.length - 1];
+      Object.assign(charts[k], next[k]);
+      chart.setData(dataOf(charts[k]), !zoomed);
+      if (zoomed) chart.redraw();
+    }
+    next.forEach((c, k) => Object.assign(charts[k], c));
+  };
+  window.report = { charts, renew };
 
   const figures = [...document.querySelectorAll("figure[data-chart]")];
   figures.forEach(downloads);

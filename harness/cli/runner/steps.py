@@ -16,6 +16,7 @@ from harness import cache_dir
 from harness.calibration import Calibration, demand, read_calibration, size_workers
 from harness.cli.machines import hot_path
 from harness.cli.output import say
+from harness.cli.runner.live import shown
 from harness.cli.runner.seen import note_sent, warn_of_sent
 from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget, VirtualTarget
 from harness.console import LoadProgress, console
@@ -220,10 +221,12 @@ def execute_point(
             manifest.status, manifest.start_unix_ns = "running", load.start()
             write_manifest(run, manifest)
             note_sent(manifest)
-            with sample_servers(servers, run, manifest.start_unix_ns, access, counters=spec.counters):
+            sampling = sample_servers(servers, run, manifest.start_unix_ns, access, counters=spec.counters)
+            with sampling as sampled, shown(asked.live, run, spec, info, options.report.attain, sampled) as live:
                 progress = LoadProgress(
-                    console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options.report.attain
-                )
+                    console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options.report.attain,
+                    also=live.update if live else None,
+                )  # fmt: skip
                 silence = Silence(lambda k: probe.answers(spec.base_urls[k], access, ASK_AGAIN_S))
                 cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost, silence, run.manifest.exists)
             manifest.workers, manifest.end_ns, gone = load.workers, load.end_ns, load.lost
@@ -279,15 +282,15 @@ def settle(servers: Servers) -> dict[int, str]:
 @contextmanager
 def sample_servers(
     servers: Servers, run: RunDir, start_unix_ns: int, access: Access, *, counters: bool = True
-) -> Iterator[None]:
+) -> Iterator[list[ServerMetrics]]:
     """Every server's own metrics, each second, beside the results; the hosts' alone without ``counters``."""
     with ExitStack() as stack:
-        sampled = []
+        sampled: list[ServerMetrics] = []
         for r in servers.replicas if counters else []:
             pages = [(url, access.hurried().at(url, r.base_url)) for url in pages_of(r)]
             sampled.append(stack.enter_context(ServerMetrics(pages, run.server_metrics(r.index), start_unix_ns)))
         stack.enter_context(servers.sample_hosts(run, start_unix_ns))
-        yield
+        yield sampled
     for metrics in sampled:
         if metrics.trouble:
             say(f"server metrics: {metrics.trouble}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.output import say
+from harness.cli.runner.live import live_page
 from harness.cli.runner.steps import Deadline, StopRequest, copy_plan, execute_point, make_plan, settle
 from harness.cli.runner.targets import Servers, Target, choose_target
 from harness.errors import HarnessError, PlanError
@@ -49,6 +50,7 @@ class Session:
 
     def run(self) -> None:
         """Do every point that is not done. Raises KeyboardInterrupt after Ctrl-C, with everything written down."""
+        live_page(self.options.load.live)
         self.store.begin(self.state)
         try:
             self._look_back()
