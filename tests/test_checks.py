@@ -346,7 +346,7 @@ def test_a_judged_answer_is_data() -> None:
     ("replies", "preference"),
     [
         (["first", "second"], Preference("current", False)), (["second", "first"], Preference("candidate", False)),
-        (["tie", "tie"], Preference("tie", False)), (["first", "first"], Preference("tie", True)),
+        (["tie", "tie"], Preference("tie", False)), (["first", "first"], Preference("tie", True, "first")),
         (["first", "tie"], Preference("tie", True)), (["first", "accept"], None), ([], None),
     ],
 )  # fmt: skip

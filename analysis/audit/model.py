@@ -23,6 +23,7 @@ from harness.analysis.quality.cascade import Cascade, cascade
 from harness.analysis.quality.judging import JudgeTrust
 from harness.analysis.quality.slices import RecordFacts, slices
 from harness.analysis.quality.verdict import MATTERS, Evidence
+from harness.checks.grade import HALF
 from harness.slo import criteria
 
 
@@ -82,6 +83,13 @@ def column(table: pa.Table, name: str) -> Floats:
     return found
 
 
+def accepted(table: pa.Table) -> Floats:
+    """Grades: 1, 0, a half where two answers are as good as each other, NaN for what was not graded."""
+    half = np.array([reason in HALF for reason in table.column("reason").to_pylist()], np.bool_)
+    found: Floats = np.where(half, 0.5, column(table, "accepted"))
+    return found
+
+
 def failed(table: pa.Table) -> Bools:
     """Requests without an answer."""
     return np.array([e2e is None for e2e in table.column("e2e_s").to_pylist()], np.bool_)
@@ -102,24 +110,25 @@ def side_of(
         return np.stack([column(table, name) for table in tables], axis=1)
 
     lost = np.stack([failed(table) for table in tables], axis=1)
-    accepted, gate, output = stacked("accepted"), stacked("gate"), stacked("output_tokens")
+    grades = np.stack([accepted(table) for table in tables], axis=1)
+    gate, output = stacked("gate"), stacked("output_tokens")
     gated = np.ones(len(gate), np.bool_) if facts.gated is None else facts.gated
     if blameless:
-        accepted = np.where(lost, np.nan, accepted)
+        grades = np.where(lost, np.nan, grades)
     if facts.gated is not None:
-        accepted = np.where(gated[:, None] & np.isnan(gate) & ~lost, np.nan, accepted)  # who knows what is served then
+        grades = np.where(gated[:, None] & np.isnan(gate) & ~lost, np.nan, grades)  # who knows what is served then
     usd = np.zeros(gate.shape)
     if one.fleet is None:
         usd = np.stack([_usd(table, one.price) for table in tables], axis=1)
     attempts = Attempts(
-        usd=usd, gate=np.where(lost, 0.0, np.where(np.isnan(gate), 1.0, gate)), accepted=accepted, gated=gated,
+        usd=usd, gate=np.where(lost, 0.0, np.where(np.isnan(gate), 1.0, gate)), accepted=grades, gated=gated,
         ttft_s=stacked("ttft_s"), e2e_s=stacked("e2e_s"),
     )  # fmt: skip
     up = current.attempts if policy.escalate and current is not None else None
     served = serve_each(_filled(attempts), policy, None if up is None else _filled(up))
     said = np.isfinite(output).sum(axis=1)
     return Side(
-        grades=serve_each(attempts, policy, up).accepted if policy.asks_again else accepted.mean(axis=1),
+        grades=serve_each(attempts, policy, up).accepted if policy.asks_again else grades.mean(axis=1),
         attempts=attempts, served=served if np.isfinite(served.usd).all() else None,
         tokens=np.where(said > 0, np.nansum(output, axis=1) / np.maximum(said, 1), np.nan),
         score=column(tables[0], "mean_logprob"),

@@ -331,7 +331,7 @@ def _answer(
         verdict=verdict, sentence=sentence(verdict, row, first), difference=_difference(pair), usd_per_request=whole,
         usd_per_accepted=per_accepted, output_tokens=tokens,
         like_another_run=None if pair is None or again is None else like_another_run(pair, again), depth_slope=slope,
-        judge=judge, judged=None if judge is None or pair is None else corrected(
+        judge=judge, judged=None if judge is None or pair is None or "prefer" in facts.kinds else corrected(
             pair.candidate, pair.n, judge, judge.right, judge.wrong
         ),
         cascade=candidate.cascade, claims=claims, break_even=even, sessions_hit=hit,

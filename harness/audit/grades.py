@@ -7,7 +7,8 @@ record         int64    row of the audit's records
 line           int64    of the trace file
 check_sha256   string   of the check
 accepted       bool     by the check; null: could not be graded. A failure of the server is false: the user saw it
-reason         string   from a closed set (`harness.checks.grade.Reason`), or the error of the request
+reason         string   from a closed set (`harness.checks.grade.Reason`), or the error of the request; with one of
+                        `harness.checks.grade.HALF` the null beside it is half a right answer
 gate           bool     what production's own test said; null: the record has none, or it could not be graded
 input_tokens   int32    as the server counted, as all tokens; null when it did not say
 cached_tokens  int32
@@ -31,6 +32,7 @@ import pyarrow as pa
 
 from harness.audit.records import AuditedRecord
 from harness.checks.grade import Grader
+from harness.checks.spec import Prefer
 from harness.errors import ResultsError
 from harness.record.answers import CAPTURED_SCHEMA, PROCESS_KEY, read_captured, unseal
 from harness.record.manifest import RunDir
@@ -66,23 +68,27 @@ not be graded. (429 and 503 are asked again for as long as a request may take: w
 
 
 def grade_run(
-    run: RunDir, asked: Sequence[AuditedRecord], grader: Grader, *, keep_text: bool, at_once: int = 1
-) -> None:
+    run: RunDir, asked: Sequence[AuditedRecord], grader: Grader, *, keep_text: bool, at_once: int = 1,
+    others: Mapping[int, str | None] | None = None,
+) -> None:  # fmt: skip
     """Grade the captured answers of a run and delete their text, unless it is to be kept.
 
     Request k of the run asked ``asked[k]``. Grades that are there already stay. Text that is not to be kept is sealed:
     raises `ResultsError` for that of another process. ``at_once``: answers that are graded beside each other.
+    ``others``: by row of the record, the current model's answers, which its own are the other side of; None: these are
+    they.
     """
     if not (run.path / FILE).exists():
-        _write(run.path / FILE, grades_of(run, asked, grader, sealed=not keep_text, at_once=at_once))
+        _write(run.path / FILE, grades_of(run, asked, grader, sealed=not keep_text, at_once=at_once, others=others))
     if not keep_text:
         for file in _captured(run):
             _forget(file)
 
 
 def grades_of(
-    run: RunDir, asked: Sequence[AuditedRecord], grader: Grader, *, sealed: bool, at_once: int = 1
-) -> pa.Table:
+    run: RunDir, asked: Sequence[AuditedRecord], grader: Grader, *, sealed: bool, at_once: int = 1,
+    others: Mapping[int, str | None] | None = None,
+) -> pa.Table:  # fmt: skip
     """The grades of a run's captured answers, in order of records. Raises `ResultsError`."""
     texts: dict[int, str | None] = {}
     scores: dict[int, float | None] = {}
@@ -93,8 +99,18 @@ def grades_of(
         scores.update(zip(ids, table.column("mean_logprob").to_pylist(), strict=True))
     results = [row for file in run.all_results() for row in _rows(file)]
     with ThreadPoolExecutor(at_once) as pool:
-        rows = list(pool.map(lambda row: _graded(row, asked, texts, scores, grader), results))
+        rows = list(pool.map(lambda row: _graded(row, asked, texts, scores, grader, others), results))
     return pa.Table.from_pylist(rows, SCHEMA).sort_by("record")
+
+
+def kept_answers(run: RunDir, asked: Sequence[AuditedRecord]) -> dict[int, str | None]:
+    """The kept text of each answer of a run, by row of the record. Raises `ResultsError`."""
+    found: dict[int, str | None] = {}
+    for file in _captured(run):
+        table = read_captured(file)
+        for request, text in zip(table.column("request_id").to_pylist(), table.column("text").to_pylist(), strict=True):
+            found[asked[request].row] = text
+    return found
 
 
 def _captured(run: RunDir) -> list[Path]:
@@ -139,6 +155,7 @@ def _graded(
     texts: Mapping[int, str | None],
     scores: Mapping[int, float | None],
     grader: Grader,
+    others: Mapping[int, str | None] | None,
 ) -> dict[str, object]:
     request = int(str(row["request_id"]))
     record = asked[request]
@@ -151,8 +168,10 @@ def _graded(
         gate = False if record.gate is not None and accepted is False else None
     elif (text := texts.get(request)) is None or record.check is None:
         accepted, reason = None, "no text"
+    elif isinstance(record.check, Prefer) and others is None:
+        accepted, reason = None, "compared"
     else:
-        found = grader.grade(record.check, text, record.prompt)
+        found = grader.grade(record.check, text, record.prompt, (others or {}).get(record.row))
         accepted, reason = found.accepted, found.reason
         gate = None if record.gate is None else grader.grade(record.gate, text, record.prompt).accepted
     return {

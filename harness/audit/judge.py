@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -109,15 +110,31 @@ class Label(msgspec.Struct, forbid_unknown_fields=True):
     """``current``, or a candidate as it is named on the command line."""
 
 
+class PairLabel(msgspec.Struct, forbid_unknown_fields=True):
+    """A line of a file of labels: which of two answers a person prefers."""
+
+    line: int
+    current: str
+    candidate: str
+    """Both answers."""
+    better: Literal["current", "candidate", "tie"]
+    model: str
+    """The candidate as it is named on the command line."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledAnswer:
-    """One answer that a person and the judge both graded."""
+    """One answer that a person and the judge both graded; of a pair, each answer by whether the other is preferred."""
 
     model: str
     session: int
     label: bool
     judged: bool | None
     """None: no verdict."""
+    pair: str | None = None
+    """The candidate of its pair; None: it is of none."""
+    turned: bool = False
+    """The verdict of its pair turned with the order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +152,9 @@ def asks_judge(check: Check | None) -> bool:
     return check is not None and any(isinstance(part, Judge) for part in parts(check))
 
 
-def read_labels(path: Path) -> list[Label]:
+def read_labels(path: Path) -> list[Label | PairLabel]:
     """Labels, JSON Lines. Raises `UsageError` with the line that is none."""
-    found = []
+    found: list[Label | PairLabel] = []
     try:
         lines = path.read_bytes().splitlines()
     except OSError as e:
@@ -145,13 +162,19 @@ def read_labels(path: Path) -> list[Label]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(msgspec.json.decode(line, type=Label))
+                found.append(_label(line))
             except DECODE_ERRORS as e:
                 raise UsageError(
                     f"{path}:{number}: not a label ({e}): write "
-                    '{"line": 12, "answer": "...", "accepted": true, "model": "current"}'
+                    '{"line": 12, "answer": "...", "accepted": true, "model": "current"} or, of a check prefer, '
+                    '{"line": 12, "current": "...", "candidate": "...", "better": "tie", "model": "..."}'
                 ) from e
     return found
+
+
+def _label(line: bytes) -> Label | PairLabel:
+    pair = "better" in msgspec.json.decode(line, type=dict[str, object])
+    return msgspec.json.decode(line, type=PairLabel if pair else Label)
 
 
 def question_of(record: AuditedRecord, answer: str) -> JudgeQuestion | None:
@@ -162,14 +185,16 @@ def question_of(record: AuditedRecord, answer: str) -> JudgeQuestion | None:
     return None
 
 
-def try_judge(judge: AskedJudge, records: Sequence[AuditedRecord], labels: Sequence[Label]) -> JudgeTrial:
+def try_judge(
+    judge: AskedJudge, records: Sequence[AuditedRecord], labels: Sequence[Label | PairLabel]
+) -> JudgeTrial:  # fmt: skip
     """Ask canaries and labelled answers. Raises `UsageError` for a label of a line that no judge grades."""
     by_line = {record.source.line: record for record in records if asks_judge(record.check)}
     asked: list[tuple[Label, JudgeQuestion]] = []
     for label in labels:
         record = by_line.get(label.line)
-        question = None if record is None else question_of(record, label.answer)
-        if question is None:
+        question = None if record is None or isinstance(label, PairLabel) else question_of(record, label.answer)
+        if question is None or isinstance(label, PairLabel):
             raise UsageError(f"label of line {label.line}: the trace has no record there whose check asks a judge")
         asked.append((label, question))
     planted = list(_canaries(list(by_line.values())))

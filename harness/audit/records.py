@@ -27,6 +27,7 @@ from harness.checks.spec import (
     Judge,
     Number,
     OneOf,
+    Prefer,
     Regex,
     check_sha256,
     parse_check,
@@ -88,6 +89,8 @@ def read_records(trace: Trace, default: str | None, limit: int | None) -> list[A
             text = source.check or (default if source.expected else None)
             check = None if text is None else parse_check(text, source.expected)
             gate = None if source.gate is None else parse_check(source.gate)  # production has no 'expected'
+            if isinstance(gate, Prefer):
+                raise UsageError("gate: production has no second answer to prefer one to")
         except UsageError as e:
             raise UsageError(f"{trace.path}:{source.line}: {e}") from e
         key = source.session_id if source.session_id is not None else f"\0{row}"

@@ -24,6 +24,7 @@ from harness.checks.spec import (
     Judge,
     Number,
     OneOf,
+    Prefer,
     Regex,
     Similar,
     decides,
@@ -44,10 +45,18 @@ MARKS = 31
 Reason = Literal[
     "accepted", "empty", "too long", "not text", "other words", "not found", "no match", "no number",
     "several numbers", "other number", "no choice", "several choices", "other choice", "not json", "schema", "failed",
-    "code failed", "code timed out", "judged wrong", "part rejected",
+    "code failed", "code timed out", "judged wrong", "part rejected", "preferred", "other preferred",
+    # neither of two answers is preferred
+    "same", "tie", "turned", "first both times", "second both times", "compared",
     # not gradable
     "never decides", "pattern timed out", "no sandbox", "no judge", "judge failed", "check failed",
+    "no other answer",
 ]  # fmt: skip
+TURNED: tuple[Reason, ...] = ("turned", "first both times", "second both times")
+"""The choice between two answers was another in the other order: so it was none."""
+HALF: tuple[Reason, ...] = ("same", "tie", *TURNED, "compared")
+"""Neither accepted nor rejected but half of it: neither of two answers is better, or it is the one of the current model
+("compared"), with which those of others are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +79,24 @@ class Grader:
     def __init__(self, sandbox: Sandbox | None = None, judge: Verdicts | None = None) -> None:
         self._sandbox, self._judge = sandbox, judge
 
-    def grade(self, check: Check, answer: str, prompt: str = "") -> Grade:
-        """Grade of one answer; ``prompt`` is shown to a judge alone. Never raises."""
+    def grade(self, check: Check, answer: str, prompt: str = "", other: str | None = None) -> Grade:
+        """Grade of one answer; ``prompt`` is shown to a judge alone, as is the ``other`` answer of `Prefer`. Never
+        raises.
+        """
         try:
+            if isinstance(check, Prefer) and answer == other:
+                return Grade(None, "same")
             if len(answer) > MOST_CHARS:
                 return Grade(False, "too long")
             if not answer.strip():
                 return Grade(False, "empty")
-            return self._grade(check, answer, prompt)
+            return self._grade(check, answer, prompt, other)
         except TimeoutError:
             return Grade(None, "pattern timed out")
         except Exception:
             return Grade(None, "check failed")
 
-    def _grade(self, check: Check, answer: str, prompt: str) -> Grade:
+    def _grade(self, check: Check, answer: str, prompt: str, other: str | None) -> Grade:
         match check:
             case All() | Any():
                 return self._several(check, answer, prompt)
@@ -91,6 +104,8 @@ class Grader:
                 return self._code(check, answer)
             case Judge():
                 return self._judged(check, answer, prompt)
+            case Prefer():
+                return self._chosen(check, answer, prompt, other)
             case IsJson() | JsonSchema():
                 return _structured(check, answer)
             case Exact() if check.strict:
@@ -133,6 +148,24 @@ class Grader:
             JudgeQuestion(rubric=check.rubric, prompt=prompt, references=check.of, answer=answer)
         )
         return Grade(None, "judge failed") if right is None else _or(right, "judged wrong")
+
+    def _chosen(self, check: Prefer, answer: str, prompt: str, other: str | None) -> Grade:
+        if self._judge is None:
+            return Grade(None, "no judge")
+        if other is None:
+            return Grade(None, "no other answer")
+        if not other.strip() or len(other) > MOST_CHARS:
+            return Grade(True, "preferred")
+        found = self._judge.prefers(
+            JudgeQuestion(rubric=check.rubric, prompt=prompt, references=(), answer=other), answer
+        )
+        if found is None:
+            return Grade(None, "judge failed")
+        if found.better != "tie":
+            return Grade(True, "preferred") if found.better == "candidate" else Grade(False, "other preferred")
+        if found.place is not None:
+            return Grade(None, "first both times" if found.place == "first" else "second both times")
+        return Grade(None, "turned" if found.turned else "tie")
 
 
 def _or(accepted: bool, reason: Reason) -> Grade:

@@ -24,7 +24,7 @@ MOST_CONSTANT = 0.4
 MOST_OTHERS = 0.5
 """Share of a group whose check may accept the answer recorded for another record."""
 MOST_UNGRADED = 0.02
-UNTRIED: tuple[Reason, ...] = ("no sandbox", "no judge")
+UNTRIED: tuple[Reason, ...] = ("no sandbox", "no judge", "no other answer")
 """Why a check was not tried here, which is no fault of it."""
 FEWEST = 5
 """Records of a group before a share of it is a fault."""

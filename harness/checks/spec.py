@@ -165,11 +165,23 @@ class Judge(_Check, frozen=True, tag="judge"):
         return None if self.rubric.strip() else "'rubric' is empty"
 
 
+class Prefer(_Check, frozen=True, tag="prefer"):
+    """Another model's choice, by a rubric, between the answer and the current model's, which it sees in both orders."""
+
+    rubric: str
+
+    def problem(self) -> str | None:
+        """Nothing to choose by."""
+        return None if self.rubric.strip() else "'rubric' is empty"
+
+
 class _Several(_Check, frozen=True):
     checks: tuple[Check, ...]
 
     def problem(self) -> str | None:
-        """No part."""
+        """No part, or one that is about two answers."""
+        if any(isinstance(one, Prefer) for one in self.checks):
+            return "'prefer' compares two answers, so it is no part of another check"
         return None if self.checks else "'checks' is empty"
 
 
@@ -181,7 +193,7 @@ class Any(_Several, frozen=True, tag="any"):
     """One part at least accepts."""
 
 
-Check = Exact | Contains | Regex | Number | OneOf | IsJson | JsonSchema | Similar | Code | Judge | All | Any
+Check = Exact | Contains | Regex | Number | OneOf | IsJson | JsonSchema | Similar | Code | Judge | Prefer | All | Any
 _DECODER = msgspec.json.Decoder(Check)
 
 

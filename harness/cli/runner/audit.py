@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from harness.audit.asked import AuditOptions
-from harness.audit.grades import FILE, death, grade_run, read_grades
+from harness.audit.grades import FILE, death, grade_run, kept_answers, read_grades
 from harness.audit.judge import AT_ONCE
+from harness.audit.pairs import has_pairs
 from harness.audit.records import AuditedRecord, cap, order, write_load_trace, write_quality_trace
 from harness.checks.grade import Grader
 from harness.cli import sweep
@@ -158,8 +159,16 @@ class QualitySession(Salted):
         """Grade the answers and forget their text."""
         grade_run(
             RunDir(run.path), self._orders[point.repeat - 1], self._grader, keep_text=self.options.load.keep_text,
-            at_once=AT_ONCE if self._want.judge else 1,
+            at_once=AT_ONCE if self._want.judge else 1, others=self._others(point),
         )  # fmt: skip
+
+    def _others(self, point: Point) -> dict[int, str | None] | None:
+        """The current model's answers that this pass is compared with; None: it is one of these, or none is."""
+        if not has_pairs(self._orders[0]) or (point.pair == 0 and point.repeat <= self._want.repeats):
+            return None
+        repeat = (point.repeat - 1) % self._want.repeats + 1
+        first = next(one for one in self.state.points if (one.pair, one.repeat) == (0, repeat))
+        return kept_answers(RunDir(self.folder / first.name), self._orders[repeat - 1])
 
 
 class LoadSession(Salted):

@@ -16,6 +16,7 @@ from harness.audit.asked import (
     parse_price,
 )
 from harness.audit.judge import JudgeTrial
+from harness.audit.pairs import check_pairs
 from harness.audit.records import (
     AuditedRecord,
     check_gates,
@@ -30,7 +31,16 @@ from harness.checks.lint import LintGroup, LintRecord, lint
 from harness.checks.sandbox import LinuxSandbox, refusal
 from harness.cli.output import as_json, present, say
 from harness.cli.runner.audit import LoadPass, QualityPass, check_models, load, no_hardware, origins_of, quality, tried
-from harness.cli.runner.audit_judge import doubts_of, family, judge_of, labels_of, trial_of, trust_of
+from harness.cli.runner.audit_judge import (
+    doubts_of,
+    family,
+    judge_of,
+    labels_of,
+    place_note,
+    place_problem,
+    trial_of,
+    trust_of,
+)
 from harness.cli.runner.audit_plan import blind_records, dry_run
 from harness.cli.runner.targets import Servers
 from harness.cli.verb import NEWEST
@@ -86,6 +96,7 @@ def audited(
         return EXIT_NOT_DECIDED
     check_models(want, asked)
     check_gates(graded, str(source.path), decide=want.tries > 1 or want.escalate)
+    check_pairs(graded, keep_text=asked.load.keep_text)
     labels, judge = labels_of(want), judge_of(want)
     faults = _lint(graded, want)
     for group in faults:
@@ -269,6 +280,8 @@ def _report(
         notes.append("--repeats at temperature 0: they differ by the noise of the server alone.")
     if trial is not None and want.judge_model:
         notes.append(f"Judge: {want.judge_model}. Canaries: {trial.canaries}, {trial.accepted} accepted.")
+        notes += [note for pair, several in zip(want.models, passes, strict=True)
+                  if (note := place_note(pair.name, _tables(several)))]  # fmt: skip
         notes += [f"The judge {want.judge_model} has a name like {pair.model}: a judge may favour its own family."
                   for pair in want.models if family(pair.model or "") == family(want.judge_model)]  # fmt: skip
     measured = [
@@ -311,6 +324,7 @@ def _measured(
     trusted = None if trial is None or k == 0 else trust_of(trial, want.candidates[k - 1], want.margin)
     if problem is None and trusted is not None and trusted.faults:
         problem = f"the judge is not to be believed: {', '.join(trusted.faults)}"
+    problem = problem or place_problem(_tables(own))
     fleet = None
     if loaded.tier is not None and loaded.rate is not None:
         ends = (min(loaded.low or 0.0, loaded.rate), max(loaded.high or float("inf"), loaded.rate))
