@@ -18,7 +18,7 @@ TRACE  ?= scenarios/traces/azure-conv-2023.csv
 # to be had already); PyTorch's own wheel index only if it fails, because an unreachable extra index costs minutes of retries.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup replay test study lint browser clean
+.PHONY: help setup replay test study lint browser image clean
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -59,6 +59,9 @@ lint: setup ## style and types
 	$(BIN)/mypy
 
 include tests/bench/bench.mk
+
+image: ## build the client's image on a Debian made from its mirror, and run it (TARGET=cpu: with vLLM; root, buildah, mmdebstrap)
+	tests/image/build.sh $(or $(TARGET),client)
 
 clean: ## remove the environment and caches (runs and model weights stay)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
