@@ -259,8 +259,10 @@ def _fetch(model: Model, root: Path, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def run_step(argv: Sequence[str], folder: Path, what: str, timeout_s: float) -> None:
-    """Run one step to its end; its last lines and their meaning go into the error."""
+def run_step(
+    argv: Sequence[str], folder: Path, what: str, timeout_s: float, causes: Sequence[tuple[str, str]] = _CAUSES
+) -> None:
+    """Run one step to its end; its last lines, or their meaning by ``causes``, go into the `ServerError`."""
     log = folder / f".{os.getpid()}.log"
     log.unlink(missing_ok=True)
     try:
@@ -273,7 +275,7 @@ def run_step(argv: Sequence[str], folder: Path, what: str, timeout_s: float) -> 
         lines = process.tail(200)
         text = "\n".join(lines)
         problem = f"took longer than {timeout_s:.0f} s" if code is None else f"failed ({describe_exit(code)})"
-        cause = next((advice for needle, advice in _CAUSES if needle in text), None)
+        cause = next((advice for needle, advice in causes if needle in text), None)
         if cause:
             raise ServerError(f"{what} {problem}: {cause}")
         raise ServerError(f"{what} {problem}", lines[-12:])

@@ -66,6 +66,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "ps": Lazy("harness.cli.machines:ps", "List the servers, load workers and Ray that are running."),
         "stop": Lazy("harness.cli.machines:stop", "End what 'harness ps' lists, one by its ID or all."),
         "cluster": Lazy("harness.cli.catalogue:cluster", "Rent, watch and end a Ray cluster on AWS."),
+        "bundle": Lazy("harness.cli.bundle:bundle", "Write all that a host without a network lacks, in parts."),
         "calibrate": Lazy(
             "harness.cli.machines:calibrate", "Measure what the load generator can carry on this machine."
         ),
