@@ -278,6 +278,7 @@ def claims(summary: Summary) -> dict[str, object]:
 
 STEP_SOURCES = {
     "kernels": "steps take what NVIDIA's measured kernels take",
+    "fitted": "steps take what was fitted to measured runs",
     "given": "steps take what the user said",
     "bound": "steps take what the chip's data sheet allows at best, so every latency and cost is at least as high",
 }

@@ -195,6 +195,9 @@ class ServeOptions:
         "What a step of a simulated engine takes, ms: base, for each sequence, each prompt token and, if given, each "
         "context token. Default: what is known of the model on the tier.", kind=STEP, metavar="BASE,SEQ,TOKEN",
     )  # fmt: skip
+    calibration: Path | None = opt(
+        "What 'harness calibrate-model' fitted to own runs, in place of --step: for a simulated engine.", kind=FILE
+    )
     on_replica_death: OnReplicaDeath = opt(
         "When a server dies during a run: stop the run now, or start it again and mark the run.",
         "fail", kind=Literal["fail", "restart"],

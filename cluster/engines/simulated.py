@@ -12,9 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from harness.cluster.catalogue.models import DTYPE_BYTES, Model, for_tier, kv_bytes_per_token, model_config
 from harness.cluster.engines.protocol import WHOLE, Command, Part, State, port_taken
 from harness.cluster.engines.vllm import check_fit, cpu_kv_cache_gib, pipeline_parallel_size
+from harness.cluster.hardware.calibration import ModelCalibration, calibrated
 from harness.cluster.hardware.engine import HardwareEngine, engine_for, refuse_windows
 from harness.cluster.process.process import Cause
 from harness.cluster.simulator.scheduler import VLLM, Limits
@@ -35,6 +38,8 @@ NOT_SIMULATED: Mapping[str, str] = {
     "--data-parallel-size": "data parallelism inside a server, where experts wait for each other",
 }
 """Argument of vLLM -> what it asks for."""
+NO_STEP = LinearStep(1.0, 0.0, 0.0)
+"""In place of one that is not known."""
 INTEGERS = {
     "--max-num-seqs": "max_num_seqs", "--max-num-batched-tokens": "max_num_batched_tokens",
     "--block-size": "block_size", "--num-gpu-blocks-override": "kv_blocks",
@@ -42,37 +47,69 @@ INTEGERS = {
 FLAGS = {"--enable-prefix-caching": "prefix_cache", "--async-scheduling": "async_scheduling"}
 
 
-def simulated_engine(model: Model, tier: Tier, step: LinearStep | None = None) -> HardwareEngine:
-    """One replica of ``model`` on ``tier``, as vLLM would be started there. ``step``: what the user says a step takes.
+def simulated_engine(
+    model: Model, tier: Tier, step: LinearStep | None = None, calibration: ModelCalibration | None = None
+) -> HardwareEngine:  # fmt: skip
+    """One replica of ``model`` on ``tier``, as vLLM would be started there. ``step``: what the user says a step takes;
+    or a ``calibration``: what runs of one's own say.
 
     Raises `UsageError` for what does not fit, is not simulated, or has no known step time.
     """
+    engine = _bare(model, tier)
+    windows = None if tier.accelerator_count else _windows(model)
+    said = {"simulated": f"vLLM {VLLM}'s scheduler, proved against its own"}
+    if calibration is not None:
+        if why := calibration.fits(model.name, tier.name, engine):
+            raise UsageError(f"calibration {calibration.sha256[:12]}: {why}")
+        engine = calibrated(engine, calibration)
+        return replace(engine, facts={**said, **engine.facts, **(windows or {})})
+    if windows is not None:
+        refuse_windows(model, model_config(for_tier(model, None)) or {})
+    if step is not None:
+        given = {**said, "step_source": "given", "step": repr(step)}
+        return replace(
+            engine, source="given", facts=given, step_time=step, arrival_s=0.0, arrival_per_token_s=0.0
+        )  # fmt: skip
+    if not tier.accelerator_count:
+        raise UsageError(
+            f"tier {tier.name}: no step times are known of a CPU; say what a step takes with --step, or --calibration"
+        )
+    return replace(engine, facts={**said, **engine.facts})
+
+
+def measured_engine(model: Model, tier: Tier, args: Sequence[str]) -> HardwareEngine:
+    """The engine that runs were of, started with ``args``, as it is known without them. On CPUs its step time is none.
+
+    Raises `UsageError` for what is not simulated.
+    """
+    engine = _bare(model, tier)
+    return replace(engine, limits=changed(engine.limits, args))
+
+
+def _bare(model: Model, tier: Tier) -> HardwareEngine:
     check_fit(model, tier)
     args = for_tier(model, tier.accelerator).engine_args
     _refuse(model, tier, args)
     if tier.accelerator_count:
         engine = engine_for(model, tier)
-    elif step is None:
-        raise UsageError(f"tier {tier.name}: no step times are known of a CPU; say what a step takes with --step")
     else:
         engine = HardwareEngine(
-            step_time=step,
-            limits=_cpu_limits(model, tier),
-            source="given",
-            chip="CPU",
-            tensor_parallel=0,
+            step_time=NO_STEP, limits=_cpu_limits(model), source="given", chip="CPU", tensor_parallel=0,
             longest=for_tier(model, None).max_model_len,
-        )
+        )  # fmt: skip
     limits = changed(engine.limits, args)
+    longest = engine.longest
     if limits.kv_blocks is not None:
-        engine = replace(engine, longest=min(engine.longest, limits.kv_blocks * limits.block_size))
-    said = {"simulated": f"vLLM {VLLM}'s scheduler, proved against its own"}
-    if step is None:
-        return replace(engine, limits=limits, facts={**said, **engine.facts})
-    given = {**said, "step_source": "given", "step": repr(step)}
-    return replace(
-        engine, source="given", limits=limits, facts=given, step_time=step, arrival_s=0.0, arrival_per_token_s=0.0
-    )  # fmt: skip
+        longest = min(longest, limits.kv_blocks * limits.block_size)
+    return replace(engine, limits=limits, longest=longest)
+
+
+def _windows(model: Model) -> dict[str, str] | None:
+    """What to say of layers that see only a window, where runs of the model itself say what its steps take."""
+    config = model_config(for_tier(model, None)) or {}
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        return None
+    return {"windows": "its KV cache is counted as if no layer had a window, so it holds less than the real one"}
 
 
 def limit_args(limits: Limits) -> list[str]:
@@ -104,12 +141,11 @@ def _refuse(model: Model, tier: Tier, args: Sequence[str]) -> None:
         raise UsageError(f"model {model.name} on tier {tier.name}: pipeline stages are not simulated")
 
 
-def _cpu_limits(model: Model, tier: Tier) -> Limits:
+def _cpu_limits(model: Model) -> Limits:
     model = for_tier(model, None)
     config = model_config(model)
     if config is None:
         raise UsageError(f"model {model.name}: its architecture is not known, so neither is its KV cache")
-    refuse_windows(model, config)
     block = CPU_BLOCK * kv_bytes_per_token(config, DTYPE_BYTES.get(model.dtype, 2))
     blocks = cpu_kv_cache_gib(model) * GIB // block - 1
     return replace(cpu_limits(), kv_blocks=blocks, block_size=CPU_BLOCK, async_scheduling=True)
@@ -124,6 +160,8 @@ class SimulatedServer:
     """That is simulated; the server itself runs anywhere."""
     step: tuple[float, ...] | None = None
     """What the user says a step takes (`LinearStep`)."""
+    calibration: ModelCalibration | None = None
+    """What runs of one's own say of it."""
     name: str = NAME
     evidence: Evidence = "simulated"
     hosts: int = 1
@@ -132,7 +170,8 @@ class SimulatedServer:
     @property
     def found(self) -> HardwareEngine:
         """What is simulated."""
-        return simulated_engine(self.model, self.tier, None if self.step is None else LinearStep(*self.step))
+        step = None if self.step is None else LinearStep(*self.step)
+        return simulated_engine(self.model, self.tier, step, self.calibration)
 
     @property
     def served_model(self) -> str:
@@ -163,6 +202,8 @@ class SimulatedServer:
         ]  # fmt: skip
         if self.step is not None:
             argv += ["--step", ",".join(str(1000 * seconds) for seconds in self.step)]
+        if self.calibration is not None:
+            argv += ["--calibration", msgspec.json.encode(self.calibration).decode()]
         return Command(argv=argv, env={"FAKE_SERVER_API_KEY": api_key})
 
     def state(self, line: str) -> State | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -131,9 +131,13 @@ def capacity(engine: HardwareEngine, demand: Demand, criteria: Sequence[Criterio
 
 
 def offers(
-    models: Iterable[Model], tiers: Iterable[Tier], demand: Demand, criteria: Sequence[Criterion]
+    models: Iterable[Model], tiers: Iterable[Tier], demand: Demand, criteria: Sequence[Criterion],
+    own: Callable[[Model, Tier, int | None], HardwareEngine | None] = lambda model, tier, parts: None,
 ) -> Iterator[Offer | tuple[Model, Tier, str]]:  # fmt: skip
-    """For every model and tier the cheapest split, or why there is none. Equal hardware is simulated once."""
+    """For every model and tier the cheapest split, or why there is none. Equal hardware is simulated once.
+
+    ``own``: the engine of a model on a tier, split so (None: on CPUs), by runs of one's own; None: there are none.
+    """
     found: dict[tuple[str, str, float | None, int], float] = {}
     tiers = list(tiers)
     for model in models:
@@ -142,13 +146,13 @@ def offers(
             why = "none of its splits keeps the SLO at any rate"
             served = for_tier(model, tier.accelerator)
             mine = demand.kept(served.max_model_len)
-            for parts in splits(served, tier):
+            for parts in splits(served, tier) if tier.accelerator_count else [None]:
                 try:
-                    engine = engine_for(model, tier, tensor_parallel=parts)
+                    engine = own(model, tier, parts) or engine_for(model, tier, tensor_parallel=parts)
                 except UsageError as e:
                     why = str(e)
                     continue
-                key = (model.name, engine.chip, tier.accelerator_memory_gib, parts)
+                key = (model.name, engine.chip if parts else tier.name, tier.accelerator_memory_gib, parts or 0)
                 if key not in found:
                     limits = replace(engine.limits, prefix_cache=False)  # a trace of lengths shares no text
                     found[key] = capacity(replace(engine, limits=limits), mine, criteria)
@@ -170,12 +174,13 @@ def splits(model: Model, tier: Tier) -> list[int]:
 
 
 def _offer(model: Model, tier: Tier, engine: HardwareEngine, rate: float, demand: Demand, asked: int) -> Offer:
-    replicas = tier.accelerator_count // engine.tensor_parallel
+    replicas = tier.accelerator_count // engine.tensor_parallel if engine.tensor_parallel else 1
     tokens_per_s = rate * replicas * float(demand.output_tokens.mean())
     return Offer(
         model=model.name, tier=tier, engine=engine, replicas=replicas, requests_per_s=rate * replicas,
         usd_per_1m_output=tier.usd_per_hour / 3600 / tokens_per_s * 1e6,
-        error=cost_range(engine.source, engine.chip, engine.facts), served=len(demand.arrival_s) / asked,
+        error=engine.cost_within or cost_range(engine.source, engine.chip, engine.facts),
+        served=len(demand.arrival_s) / asked,
     )  # fmt: skip
 
 

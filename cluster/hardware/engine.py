@@ -27,8 +27,9 @@ from harness.cluster.simulator.vllm_limits import GIB, gpu_limits, graph_sizes
 from harness.errors import UsageError
 from harness.record.manifest import Tier
 
-Source = Literal["kernels", "given", "bound"]
-"""Measured kernels of the chip, what the user says, or the roofline of its data sheet, which nothing is faster than."""
+Source = Literal["kernels", "fitted", "given", "bound"]
+"""Measured kernels of the chip, runs of one's own, what the user says, or the roofline of the chip's data sheet, which
+nothing is faster than."""
 
 MEMORY_SHARE = 0.92
 """Of a device's memory that vLLM takes (its default since 0.22)."""
@@ -54,6 +55,9 @@ class HardwareEngine:
     """From the client's call until the scheduler sees the request."""
     arrival_per_token_s: float = 0.0
     """On top of that for each token of the prompt."""
+    cost_within: tuple[float, float] | None = None
+    """What a cost may be at least and at most as a multiple of the simulated one, where the step time is fitted; None:
+    as `error.cost_range` has it."""
     facts: dict[str, str] = field(default_factory=dict)
     """Where the step time is from, for the manifest and for every page that shows a figure of it."""
 

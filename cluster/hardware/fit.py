@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cluster.hardware.engine import HardwareEngine
-from cluster.simulator.replica import Workload, simulate
+from harness.cluster.hardware.engine import HardwareEngine
+from harness.cluster.simulator.fleet import Workload, simulate
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -57,6 +57,8 @@ class Load:
     """From sending to the first token; NaN: not measured, or warm-up."""
     decode_s: Floats
     """From the first token to the last; NaN: not measured, or of one token."""
+    finished_s: Floats
+    """End of each answer, on the clock of ``sent_s``; NaN: not measured."""
     replicas: int = 1
     keys: Sequence[Sequence[int]] | None = None
     """Of each prompt, its blocks that others share (`blocks.block_keys`)."""
@@ -65,7 +67,7 @@ class Load:
         return len(self.sent_s)
 
     @property
-    def measured(self) -> Floats:
+    def logarithms(self) -> Floats:
         """Logarithms of both, [2, request]."""
         return _logs(self.ttft_s, self.decode_s)
 
@@ -93,6 +95,8 @@ class Number:
     """Where the search begins; positive."""
     otherwise: float
     """What it is taken to be where the runs do not tell it."""
+    needed: bool = False
+    """Never given up; its standard error may then be larger than `MOST_ERROR`, which is for the caller to refuse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +129,7 @@ def serve(load: Load, engine: HardwareEngine) -> Served:
     )  # fmt: skip
 
 
-def fit(loads: Sequence[Load], build: Build, numbers: Sequence[Number], most_error: float = MOST_ERROR) -> Fit:
+def fit(loads: Sequence[Load], build: Build, numbers: Sequence[Number]) -> Fit:
     """The numbers with which the simulated loads are most like the measured ones."""
     values = {one.name: one.start for one in numbers}
     sought = list(numbers)
@@ -133,12 +137,13 @@ def fit(loads: Sequence[Load], build: Build, numbers: Sequence[Number], most_err
     while True:
         values, jumps, slopes, left = _search(loads, build, values, [one.name for one in sought])
         spread = np.hypot(_jackknife(loads, slopes, left), jumps)
-        worst = int(np.argmax(spread)) if len(sought) else 0
-        if not sought or spread[worst] <= most_error:
+        poor = [k for k, one in enumerate(sought) if not one.needed and not spread[k] <= MOST_ERROR]
+        if not poor:
             break
+        worst = max(poor, key=spread.__getitem__)
         given_up = sought.pop(worst)
         not_told[given_up.name] = float(spread[worst])
-        values[given_up.name] = given_up.otherwise
+        values |= {one.name: one.start for one in sought} | {given_up.name: given_up.otherwise}
     flat = np.concatenate([part.reshape(len(sought), -1) for part in slopes], axis=1)
     flat = flat[:, np.isfinite(flat).all(axis=0)]
     lengths = np.maximum(np.linalg.norm(flat, axis=1), 1e-300)
@@ -163,7 +168,7 @@ def _search(
     width = np.log((1 + MOVED) / (1 - MOVED))
     kept: list[tuple[Floats, list[Floats], list[Floats]]] = []
     for k in range(ROUNDS):
-        left = [load.measured - found for load, found in zip(loads, answers({}), strict=True)]
+        left = [load.logarithms - found for load, found in zip(loads, answers({}), strict=True)]
         ends = [[answers({name: at[name] * (1 + sign * MOVED)}) for sign in (1, -1)] for name in names]
         slopes = [
             np.array([(high[j] - low[j]) / width for high, low in ends]).reshape(len(names), *left[j].shape)

@@ -127,8 +127,8 @@ class KernelStep:
     constants: Constants = field(default_factory=Constants)
     kernels: float = 1.0
     """Factor for all that the tables say (fitted to own runs)."""
-    links: float = 1.0
-    """Factor for communication on top of that."""
+    sequence_s: float = 0.0
+    """Work of the host for each sequence of a step, on top of ``constants.host_s`` (fitted to own runs)."""
     _decode: dict[int, tuple[float, Row]] = field(default_factory=dict)
     """By sequences: seconds but for the attention, and the attention by mean length."""
 
@@ -145,14 +145,12 @@ class KernelStep:
             attention_s += _at2(NEW, DONE, t.read_attention_s, new, done)
         step_s = _at(TOKENS, t.read_s, tokens) + max(attention_s, alone_s)
         step_s += _at(TOKENS, t.logits_s, decoding + len(chunks))
-        if self.links != 1:
-            step_s += (self.links - 1) * _at(TOKENS, t.read_link_s, tokens)
         if decoding:
             step_s += _at2(SEQUENCES, LENGTH, t.decode_attention_s, decoding, context / decoding)
         step_s *= c.mixed * self.kernels
         if tokens > self.graphs[-1]:
             step_s = max(step_s, c.launch_s * t.layers)
-        return step_s + c.host_s
+        return step_s + c.host_s + self.sequence_s * (decoding + len(chunks))
 
     def decode_s(self, decoding: int, contexts: npt.NDArray[np.int64]) -> Floats:
         """Seconds of steps that only decode, the context of each given (`ManySteps`): as one by one."""
@@ -168,12 +166,13 @@ class KernelStep:
         if known is None:
             t = self.tables
             size = self.graphs[bisect_left(self.graphs, decoding)] if decoding <= self.graphs[-1] else decoding
-            fixed_s = _at(TOKENS, t.decode_s, size) + (self.links - 1) * _at(TOKENS, t.decode_link_s, size)
+            fixed_s = _at(TOKENS, t.decode_s, size) * self.kernels
+            host_s = self.constants.host_s + self.sequence_s * decoding
             k = _cell(SEQUENCES, decoding)
             share = (decoding - SEQUENCES[k]) / (SEQUENCES[k + 1] - SEQUENCES[k])
             low, high = t.decode_attention_s[k], t.decode_attention_s[k + 1]
             row = tuple(self.kernels * (a + share * (b - a)) for a, b in zip(low, high, strict=True))
-            known = self._decode[decoding] = (fixed_s * self.kernels + self.constants.host_s, row)
+            known = self._decode[decoding] = (fixed_s + host_s, row)
         return known
 
 

@@ -45,6 +45,9 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "advise": Lazy(
             "harness.cli.advise:advise", "Rank tiers that nobody has rented yet by cost at an SLO: simulated."
         ),
+        "calibrate-model": Lazy(
+            "harness.cli.calibrate_model:calibrate_model", "Fit what a step takes to own runs, for simulations."
+        ),
         "capacity": Lazy("harness.cli.capacity:capacity", "Find the highest load that keeps an SLO, in few runs."),
         "plan-fleet": Lazy(
             "harness.cli.plan_fleet:plan_fleet", "How many instances, of which tier, carry a demand at an SLO."

@@ -40,7 +40,15 @@ Examples:
 @takes(
     ReplayOptions,
     options_of(PlanOptions),
-    options_of(ServeOptions, "model", "tier", "label", "step", replicas="Servers to simulate; one rents one TIER."),
+    options_of(
+        ServeOptions,
+        "model",
+        "tier",
+        "label",
+        "step",
+        "calibration",
+        replicas="Servers to simulate; one rents one TIER.",
+    ),
     options_of(LoadOptions, "concurrency", "slo", "min_requests"),
     options_of(ReportOptions),
 )
@@ -55,6 +63,7 @@ def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, how: Rout
     speculative decoding, LoRA, sliding windows, pipeline and expert parallelism.
     """
     from harness.cli.results import report_run
+    from harness.cli.runner.targets import asked_calibration
     from harness.cli.simulation import Subject, make_bare_plan, simulate_plan
     from harness.cluster.catalogue.models import DEFAULT_MODEL, get_model
     from harness.cluster.catalogue.tiers import get_tier
@@ -69,7 +78,8 @@ def simulate(trace: tuple[Path, ...], out: Path, asked: ReplayOptions, how: Rout
     if asked.serve.tier is None:
         raise UsageError("which hardware? --tier NAME ('harness tiers' lists them)")
     model, tier = get_model(asked.serve.model or DEFAULT_MODEL), get_tier(asked.serve.tier)
-    engine = simulated_engine(model, tier, None if asked.serve.step is None else LinearStep(*asked.serve.step))
+    step = None if asked.serve.step is None else LinearStep(*asked.serve.step)
+    engine = simulated_engine(model, tier, step, asked_calibration(asked.serve))
     source = open_asked(trace, asked.plan)
     root, url = split_out(out)
     name = f"{source.path.name.split('.')[0]}-{asked.serve.label or f'{model.name}-on-{tier.name}'}-simulated"

@@ -181,9 +181,11 @@ def engine_of(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> Paci
         from harness.cluster.catalogue.models import get_model
         from harness.cluster.catalogue.tiers import get_tier
         from harness.cluster.engines.simulated import simulated_engine
+        from harness.cluster.hardware.calibration import decode_model_calibration
 
         model, tier = get_model(args.simulate[0]), get_tier(args.simulate[1])
-        found = simulated_engine(model, tier, step)
+        own = None if args.calibration is None else decode_model_calibration(args.calibration)
+        found = simulated_engine(model, tier, step, own)
         return PacingEngine(
             found.limits, found.step_time, loop, longest=found.longest, arrival_s=found.arrival_s,
             arrival_per_token_s=found.arrival_per_token_s,

@@ -15,7 +15,8 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
   the one before it runs, as vLLM does. ``--log`` also says from when the engine counted a request (``came_ns``) and
   when the step ended that gave each chunk (``due_ns``).
 - ``--simulate MODEL TIER`` paces tokens as vLLM with a model of the catalogue on one of its tiers would, with its
-  limits, KV cache and prefix cache (`cluster.engines.simulated`); ``--step`` then says what a step takes, where given.
+  limits, KV cache and prefix cache (`cluster.engines.simulated`); ``--step`` then says what a step takes, where given,
+  or ``--calibration``, which is the text of what ``harness calibrate-model`` wrote.
 - ``--log FILE`` writes one JSON line per finished answer with the monotonic times (ns, CLOCK_MONOTONIC, shared by all
   processes of this host) at which the kernel had the whole request and at which it was handed each chunk: the exact
   truth, also while this process is busy.
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument(
         "--simulate", nargs=2, metavar=("MODEL", "TIER"), help="be as vLLM with this model on this tier; see --step"
     )
+    parser.add_argument("--calibration", metavar="JSON", help="what harness calibrate-model found; with --simulate")
     parser.add_argument("--serves-version", default="fake-1", help="version that it says")
     parser.add_argument("--pad", type=int, default=0, help="extra bytes per token")
     parser.add_argument("--hosted", action="store_true", help="be as a hosted API is")

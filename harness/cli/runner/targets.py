@@ -42,6 +42,7 @@ from harness.server.counters import check_metrics_urls
 if TYPE_CHECKING:
     from harness.cluster.catalogue.models import Model
     from harness.cluster.deploy.load_workers import Launch
+    from harness.cluster.hardware.calibration import ModelCalibration
 
 
 API_KEY = "HARNESS_API_KEY"
@@ -198,13 +199,14 @@ class SimulatedTarget(LocalTarget):
     """Servers that answer as vLLM with a model on a tier would, in real time, on machines that need not be of it."""
 
     def __init__(
-        self, model: Model, tier: Tier, replicas: int, on_replica_death: OnReplicaDeath, step: tuple[float, ...] | None
-    ) -> None:
+        self, model: Model, tier: Tier, replicas: int, on_replica_death: OnReplicaDeath,
+        step: tuple[float, ...] | None, calibration: ModelCalibration | None,
+    ) -> None:  # fmt: skip
         from harness.cluster.catalogue.models import for_tier
         from harness.cluster.engines.simulated import SimulatedServer
 
         super().__init__(for_tier(model, tier.accelerator), tier, replicas, on_replica_death, {})
-        self._engine = SimulatedServer(model=model, tier=tier, step=step)
+        self._engine = SimulatedServer(model=model, tier=tier, step=step, calibration=calibration)
         self.label = f"{model.name.rsplit('/', 1)[-1]}-on-{tier.name}-simulated"
         _ = self._engine.found  # what cannot be simulated is refused now
 
@@ -305,7 +307,19 @@ def _simulated_target(asked: ServeOptions) -> SimulatedTarget:
         check_ray()
     model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier)
     kind = VirtualTarget if asked.clock == "virtual" else SimulatedTarget
-    return kind(model, tier, asked.replicas, asked.on_replica_death, asked.step)
+    calibration = asked_calibration(asked)
+    return kind(model, tier, asked.replicas, asked.on_replica_death, asked.step, calibration)
+
+
+def asked_calibration(asked: ServeOptions) -> ModelCalibration | None:
+    """What own runs say of a simulated step. Raises `UsageError` for a file that is none, or beside --step."""
+    from harness.cluster.hardware.calibration import read_model_calibration
+
+    if asked.calibration is None:
+        return None
+    if asked.step is not None:
+        raise UsageError("--step and --calibration both say what a step takes: drop one")
+    return read_model_calibration(asked.calibration)
 
 
 def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
@@ -317,8 +331,8 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
     asked = options.serve
     if asked.engine == "simulated":
         return _simulated_target(asked)
-    if asked.step is not None or asked.clock is not None:
-        raise UsageError("--step and --clock are of a simulated engine: add --engine simulated")
+    if asked.step is not None or asked.clock is not None or asked.calibration is not None:
+        raise UsageError("--step, --clock and --calibration are of a simulated engine: add --engine simulated")
     if asked.base_urls:
         if options.load.tls_ca:
             probe.trust(options.load.tls_ca)
