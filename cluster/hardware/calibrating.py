@@ -10,7 +10,7 @@ import numpy as np
 
 from harness.cluster.hardware.calibration import ComparedLoad, Figures, Kind, with_numbers
 from harness.cluster.hardware.engine import HardwareEngine
-from harness.cluster.hardware.fit import MOST_ERROR, Fit, Floats, Load, Number, fit, serve
+from harness.cluster.hardware.fit import MOST_CONDITION, MOST_ERROR, Fit, Floats, Load, Number, fit, serve
 from harness.cluster.hardware.kernels import KernelStep
 from harness.errors import UsageError
 
@@ -89,6 +89,11 @@ def calibrate(loads: Sequence[Load], engine: HardwareEngine, usd_per_hour: float
     numbers = KERNELS if kind == "kernels" else linear_numbers(loads)
     build = partial(with_numbers, engine, kind)
     found = fit(loads, build, numbers)
+    if found.condition > MOST_CONDITION:
+        raise UsageError(
+            f"the runs are too much alike to tell the parts of a step apart (condition number {found.condition:.0f}, "
+            f"at most {MOST_CONDITION:.0f}): add more in flight, and prompts and answers of other lengths"
+        )
     for one in numbers:
         if one.needed and not found.errors[one.name] <= MOST_ERROR:
             raise UsageError(
@@ -163,9 +168,14 @@ def _figures(
     )  # fmt: skip
 
 
-def advice(not_told: Mapping[str, float]) -> list[str]:
+def advice(not_told: Mapping[str, float | None]) -> list[str]:
     """A line for each number that the runs do not tell."""
+
+    def why(error: float | None) -> str:
+        if error is None:
+            return "other numbers do the same to them"
+        return f"standard error {error:.0%} of it" if error < 10 else "it makes no difference to them"
+
     return [
-        f"{name}: not told by these runs (standard error {min(error, 99.0):.0%} of it); {ADVICE[name]} would tell it"
-        for name, error in not_told.items()
+        f"{name}: not told by these runs ({why(one)}); {ADVICE[name]} would tell it" for name, one in not_told.items()
     ]

@@ -95,8 +95,9 @@ class ModelCalibration:
     numbers: dict[str, float]
     errors: dict[str, float]
     """Relative standard errors of those that the runs tell."""
-    not_told: dict[str, float]
-    """The others, and the relative standard errors for which they were given up: they are as without a calibration."""
+    not_told: dict[str, float | None]
+    """The others, which are as without a calibration, and the relative standard errors for which they were given up;
+    null: other numbers do the same as it."""
     condition: float
     """Condition number of the fit."""
     runs: list[SourceRun]

@@ -41,6 +41,8 @@ BLOCKS = 10
 GENERATIONS, FEWEST_BLOCKS = 3, 5
 MOST_ERROR = 0.35
 """Standard error of a logarithm from which on a number counts as not told."""
+MOST_CONDITION = 30.0
+"""Of the sensitivities, each scaled to length 1 (Belsley, Kuh, Welsch 1980), as for every fit here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +110,9 @@ class Fit:
     errors: dict[str, float]
     """Relative standard errors of those that are told."""
     not_told: dict[str, float]
-    """Relative standard errors of the others, when they were given up."""
+    """Relative standard errors of the others, when they were given up; inf: others did the same as it."""
     condition: float
-    """Of the sensitivities to those that are told, each scaled to length 1 (Belsley, Kuh, Welsch 1980)."""
+    """Of the sensitivities to those that are told; `MOST_CONDITION` at most, unless the needed ones are so."""
 
 
 def serve(load: Load, engine: HardwareEngine) -> Served:
@@ -136,21 +138,29 @@ def fit(loads: Sequence[Load], build: Build, numbers: Sequence[Number]) -> Fit:
     not_told: dict[str, float] = {}
     while True:
         values, jumps, slopes, left = _search(loads, build, values, [one.name for one in sought])
-        spread = np.hypot(_jackknife(loads, slopes, left), jumps)
-        poor = [k for k, one in enumerate(sought) if not one.needed and not spread[k] <= MOST_ERROR]
-        if not poor:
+        square, _ = _totals(_sums(slopes, left, [1] * len(loads)))
+        spread, condition = np.hypot(_jackknife(loads, slopes, left), jumps), _condition(square)
+        poor = [k for k, one in enumerate(sought) if not one.needed]
+        if condition > MOST_CONDITION and poor:
+            # that one without which the others are told apart best; by itself it is not told at all
+            worst = min(poor, key=lambda k: _condition(np.delete(np.delete(square, k, 0), k, 1)))
+            spread[worst] = np.inf
+        elif poor := [k for k in poor if not spread[k] <= MOST_ERROR]:
+            worst = max(poor, key=spread.__getitem__)
+        else:
             break
-        worst = max(poor, key=spread.__getitem__)
         given_up = sought.pop(worst)
         not_told[given_up.name] = float(spread[worst])
         values |= {one.name: one.start for one in sought} | {given_up.name: given_up.otherwise}
-    flat = np.concatenate([part.reshape(len(sought), -1) for part in slopes], axis=1)
-    flat = flat[:, np.isfinite(flat).all(axis=0)]
-    lengths = np.maximum(np.linalg.norm(flat, axis=1), 1e-300)
-    return Fit(
-        values=values, errors={one.name: float(s) for one, s in zip(sought, spread, strict=True)}, not_told=not_told,
-        condition=float(np.linalg.cond((flat / lengths[:, None]).T)) if sought else 1.0,
-    )  # fmt: skip
+    errors = {one.name: float(s) for one, s in zip(sought, spread, strict=True)}
+    return Fit(values=values, errors=errors, not_told=not_told, condition=condition)
+
+
+def _condition(square: Floats) -> float:
+    """Condition number of sensitivities, each scaled to length 1, whose products are ``square``."""
+    lengths = np.sqrt(np.maximum(np.diag(square), 1e-300))
+    values = np.linalg.eigvalsh(square / lengths / lengths[:, None]) if len(square) else np.ones(1)
+    return float(np.sqrt(values[-1] / max(values[0], 1e-18)))
 
 
 def _search(

@@ -105,12 +105,10 @@ def advise(trace: tuple[Path, ...], format_: str, reading: ReadOptions, asked: A
             print(f"  not {line['model']} on {line['tier']}: {line['why']}")
         if sweep:
             print(f"Measure these two ({asked.sweep or '--sweep FILE writes it'}):\n\n{sweep}")
-            print(
-                "With loads = { concurrency = [1, 8] } instead, 'harness calibrate-model' fits what their steps take."
-            )
-        for one in measured:
-            print(f"\n{one.model} on {one.tier}: measured ({one.evidence}), simulated, and the fit")
-            print_compared(one)
+            print("With loads = { concurrency = [1, 8] } 'harness calibrate-model' then fits what their steps take.")
+        for fitted in measured:
+            print(f"\n{fitted.model} on {fitted.tier}: measured ({fitted.evidence}), simulated, and the fit")
+            print_compared(fitted)
     return EXIT_VALID if rows else EXIT_FAILURE
 
 

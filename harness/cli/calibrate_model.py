@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +96,8 @@ def calibration_of(paths: Sequence[Path]) -> ModelCalibration:
     return ModelCalibration(
         created=now_utc(), model=first.model, tier=first.tier.name, chip=engine.chip,
         tensor_parallel=engine.tensor_parallel, engine_version=first.engine_version, evidence=first.evidence,
-        kind=done.kind, numbers=done.found.values, errors=done.found.errors, not_told=done.found.not_told,
+        kind=done.kind, numbers=done.found.values, errors=done.found.errors,
+        not_told={name: error if math.isfinite(error) else None for name, error in done.found.not_told.items()},
         condition=done.found.condition,
         runs=[SourceRun(name=path.name, sha256=_sha256(RunDir(path).all_results())) for path in paths],
         loads=done.loads,
