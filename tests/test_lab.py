@@ -74,21 +74,20 @@ def test_a_table_speaks_of_the_code_as_it_is(path: Path) -> None:
 
 def test_a_fingerprint_is_of_code_and_not_of_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "ROOT", tmp_path)
-    for folder in ("tests/lab", "harness/analysis/stats", "harness/analysis/report"):
+    for folder in ("tests/lab", "analysis/stats", "analysis/report"):
         (tmp_path / folder).mkdir(parents=True)
-    study, used, words = (
-        tmp_path / f"{p}.py" for p in ("tests/lab/one", "harness/analysis/stats/two", "harness/analysis/report/text")
-    )
+    study, used, words = (tmp_path / f"{p}.py" for p in ("tests/lab/one", "analysis/stats/two", "analysis/report/text"))
     study.write_text("from harness.analysis.stats.two import x\nfrom harness.analysis.report import text\n")
     used.write_text('"""Two."""\nx = 1  # one\ny = "# kept"\n')
     words.write_text("z = 1\n")
     before = fingerprint("one")
     used.write_text('"""Number two."""\n\nx = 1\n# nothing\ny = "# kept"\n')
+    study.write_text("from harness.analysis.report import text\n\nfrom harness.analysis.stats.two import x\n")
     words.write_text("z = 2\n")
     assert fingerprint("one") == before
     used.write_text('"""Two."""\nx = 1  # one\ny = "# changed"\n')
     assert fingerprint("one") != before
-    assert measured.modules("one") == ["harness.analysis.stats.two", "tests.lab.one"]
+    assert measured.modules("one") == ["analysis.stats.two", "tests.lab.one"]
 
 
 def test_coverage_has_a_band() -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
+import re
 import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DECIDING = (
-    "harness.analysis.capacity", "harness.analysis.compare", "harness.analysis.quality", "harness.analysis.stats",
-    "harness.analysis.steady",
-    "harness.cluster.simulator", "harness.plan.windows", "tests.lab",
+    "analysis.capacity", "analysis.compare", "analysis.quality", "analysis.stats", "analysis.steady",
+    "cluster.simulator", "harness.plan.windows", "tests.lab",
 )  # fmt: skip
-"""Where figures and verdicts are made. What a study imports elsewhere brings it data or words, and tests guard that."""
-BY_COMMAND = {"fleet": "harness.analysis.capacity.fleet_plan"}
+"""Where figures and verdicts are made, by folder. What a study imports elsewhere brings it data or words, and tests
+guard that."""
+BY_COMMAND = {"fleet": "analysis.capacity.fleet_plan"}
 """What a study measures through a verb of the command line, and so does not import."""
+_LINKED = re.compile(r"\bharness\.(?=(?:analysis|cluster|scenarios)\b)")
+"""Of a module's name: its folder is at the top."""
 
 
 def modules(study: str) -> list[str]:
@@ -32,7 +35,7 @@ def modules(study: str) -> list[str]:
 
 
 def fingerprint(study: str) -> str:
-    """SHA-256 of those modules without comments, docstrings and layout, as hex."""
+    """SHA-256 of those modules without comments, docstrings, layout and the order of imports, as hex."""
     whole = hashlib.sha256()
     for name in modules(study):
         whole.update(f"{name} {_bare(_path(name).read_text())}\n".encode())
@@ -50,16 +53,24 @@ def _imports(tree: ast.Module) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+    names = {_LINKED.sub("", name) for name in names}
     return {n for n in names if any(n == d or n.startswith(f"{d}.") for d in DECIDING) and _path(n).is_file()}
 
 
 def _bare(source: str) -> str:
-    """Python source without its docstrings, comments and white space."""
-    lines = source.splitlines()
+    """Python source without its docstrings, comments and white space, what it imports at the top first and sorted."""
+    source = _LINKED.sub("", source)
+    lines, imported = source.splitlines(), []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
+        if isinstance(node, ast.Import | ast.ImportFrom) and node.col_offset == 0:
+            whence = f"{node.module} " if isinstance(node, ast.ImportFrom) else ""
+            imported += [f"{whence}{alias.name} {alias.asname}" for alias in node.names]
+        elif not (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        ):
+            continue
+        lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and lines[token.start[0] - 1]:
             lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
-    return "".join("".join(lines).split())
+    return ";".join(sorted(imported)) + "".join("".join(lines).split())
