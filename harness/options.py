@@ -27,6 +27,7 @@ from harness.option_types import (
     GROWTH,
     JSON_OBJECT,
     LIVE_ADDRESS,
+    NEW_FILE,
     POSITIVE,
     SHARE,
     STAGES,
@@ -317,6 +318,7 @@ class ReportOptions(AttainOption):
         "What one output token is taken to cost against one input token when the bill is split.", 4.0, kind=POSITIVE
     )
     format_: OutputFormat = opt("How to print it.", "text", kind=Literal["text", "md", "json"])
+    junit: Path | None = opt("Write the verdict as JUnit XML for CI, too: a case for each limit.", kind=NEW_FILE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from harness.sweep.spec import SweepSpec
 
 DECIDED = frozenset({"rate", "speed", "concurrency", "stages", "duration_s", "limit", "repeat", "rescale", "grow",
-                     "slo", "attain", "ratio", "format_"})  # fmt: skip
+                     "slo", "attain", "ratio", "format_", "junit"})  # fmt: skip
 """Options of replay that the search decides itself, or has of its own."""
 
 
@@ -119,7 +119,7 @@ def _spec(trace: Path, search: SearchOptions, options: ReplayOptions) -> SweepSp
     from harness.cluster.catalogue.tiers import DEFAULT_TIER
     from harness.sweep.spec import Loads, SweepSpec
 
-    own = ("base_urls", "model", "tier", "replicas", "seed", "ratio", "format_", "live")
+    own = ("base_urls", "model", "tier", "replicas", "seed", "ratio", "format_", "live", "junit")
     asked = options.serve
     urls = list(asked.base_urls)
     model = asked.model or (None if urls else DEFAULT_MODEL)

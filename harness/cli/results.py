@@ -68,6 +68,7 @@ def report(runs: Sequence[Path], asked: RunsReport) -> int:
         summaries = write_page_of(
             paths, asked.html, ratio=asked.ratio, slo=asked.slo, attain=asked.attain, min_requests=asked.min_requests
         )
+        _write_junit(asked.junit, summaries)
         print(asked.html)
         return exit_code(summaries[0]) if len(summaries) == 1 else exit_of(serving_configs(summaries), summaries)
     if len(paths) > 1:
@@ -87,12 +88,20 @@ def report_run(
     from harness.console import Console
 
     summary = summarise(read_run(path), slo=slo, ratio=shown.ratio, attain=shown.attain, min_requests=min_requests)
+    _write_junit(shown.junit, [summary])
     whole = verbosity() is Verbosity.VERBOSE
     if shown.format_ == "text":
         render_text(summary, Console(highlight=False), whole)
     else:
         print(render_json(summary) if shown.format_ == "json" else render_markdown(summary, whole))
     return exit_code(summary)
+
+
+def _write_junit(path: Path | None, summaries: Sequence[Summary]) -> None:
+    if path is not None:
+        from harness.analysis.report.junit import suite_of_run, write_junit
+
+        write_junit(path, map(suite_of_run, summaries))
 
 
 def _report_variant(path: Path, name: str, format_: str) -> int:
@@ -136,6 +145,7 @@ def _report_several(paths: Sequence[Path], asked: RunsReport) -> int:
 
     judge = {"slo": asked.slo, "attain": asked.attain, "min_requests": asked.min_requests}
     summaries = judged(paths, lambda _, found: found, **judge)
+    _write_junit(asked.junit, summaries)
     found = serving_configs(summaries)
     left_out = {verdict: [s.run for s in summaries if s.verdict == verdict] for verdict in ("INVALID", "TOO SMALL")}
     sentences = [sentence(one) for one in found if one.loop != "closed"] or [sentence(one) for one in found]
@@ -201,10 +211,14 @@ both sides of it is undecided and does not fail: more repeats would decide.
 @click.option(
     "--fail-if", multiple=True, metavar="'FIGURE > +5%'", help="End with status 4 when B is that much worse; repeat."
 )
+@click.option("--junit", type=NEW_FILE, help="Write the conditions as JUnit XML for CI, too: a case for each.")
 @takes(JudgeOptions)
 @html_option("the comparison")
 @format_option("text", "md", "json")
-def compare(a: str, b: str | None, fail_if: Sequence[str], format_: str, html: Path | None, asked: JudgeOptions) -> int:
+def compare(
+    a: str, b: str | None, fail_if: Sequence[str], junit: Path | None, format_: str, html: Path | None,
+    asked: JudgeOptions,
+) -> int:  # fmt: skip
     """A against B, each a run directory, a folder of repeats or a quoted pattern; or A alone, a sweep of two systems.
 
     Same trace, load, seed, SLO and evidence, or there is no comparison. Tier, price, model, engine and its arguments
@@ -226,6 +240,10 @@ def compare(a: str, b: str | None, fail_if: Sequence[str], format_: str, html: P
         raise UsageError(f"{a} and {b} share a run: a run is not compared with itself")
     side_a, side_b = (judged(side, observe, slo=asked.slo, attain=asked.attain) for side in sides)
     result = paired.compare(side_a, side_b, gates)
+    if junit is not None:
+        from harness.analysis.report.junit import suite_of_comparison, write_junit
+
+        write_junit(junit, [suite_of_comparison(result)])
     present(result, comparison_sections(result), format_, html=html, verb="compare")
     if not result.comparable:
         both = refused_exit(one.summary.verdict for one in (*side_a, *side_b))

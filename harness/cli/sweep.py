@@ -25,10 +25,11 @@ from harness.cli.verb import (
     command,
     out_option,
     resume_option,
+    takes,
 )
 from harness.errors import EXIT_FAILURE, EXIT_VALID, HarnessError, TraceError, UsageError
-from harness.option_types import PATH, made
-from harness.options import PlanOptions, ReplayOptions
+from harness.option_types import PATH, made, options_of
+from harness.options import LoadOptions, PlanOptions, ReplayOptions
 from harness.store.objects import as_url, is_url
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ DECIDED = {
     "speed": "loads = { request_rate = [...] }",
 }
 """Options of replay that a sweep decides itself, and what to write instead."""
-OWN = frozenset({*DECIDED, "model", "tier", "base_url", "metrics_url", "replicas", "seed", "out", "format", "ratio"})
+OWN = frozenset({*DECIDED, "model", "tier", "base_url", "metrics_url", "replicas", "seed", "out", "format", "ratio",
+                 "live", "junit"})  # fmt: skip
 
 
 def _unset(option: click.Option) -> click.Option:
@@ -103,9 +105,10 @@ Examples:
 @click.argument("spec", required=False, metavar="[SWEEP.TOML]", type=PATH)
 @click.option("--dry-run", is_flag=True, help="Print every run, its hours and dollars; start and write nothing.")
 @resume_option("Go on with the sweep in FOLDER (default: the newest of SWEEP.TOML): keep what is whole, do the rest.")
+@takes(LoadOptions, options_of(LoadOptions, "live"), to="shown")
 @out_option("sweeps", "sweep folders")
 @JSON_OPTION
-def sweep(spec: Path | None, resume: str | None, dry_run: bool, out: Path, format_: str) -> int:
+def sweep(spec: Path | None, resume: str | None, dry_run: bool, out: Path, format_: str, shown: LoadOptions) -> int:
     """Run models x tiers x load levels x repeats on one trace, and keep all of it in one folder.
 
     SWEEP.TOML says what; scenarios/sweep.example.toml explains every key. The points of one model on one tier share
@@ -160,6 +163,7 @@ def sweep(spec: Path | None, resume: str | None, dry_run: bool, out: Path, forma
         say(f"sweep folder: {folder}")
         from harness.cli.runner.sweep import Session
 
+        options = replace(options, load=replace(options.load, live=shown.live))
         session = Session(folder, state, options, trace, tiers, found)
         try:
             session.run()
