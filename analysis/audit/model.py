@@ -20,6 +20,7 @@ from harness.analysis.quality.bill import (
     serve_each,
 )
 from harness.analysis.quality.cascade import Cascade, cascade
+from harness.analysis.quality.estimate import Bounded
 from harness.analysis.quality.judging import JudgeTrust
 from harness.analysis.quality.slices import RecordFacts, slices
 from harness.analysis.quality.verdict import MATTERS, Evidence
@@ -35,6 +36,14 @@ class TokenPrice:
     output: float
     cached: float | None = None
     """None: cached input costs what input costs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Tokens of each record as the trace has them, for a model that nobody asked."""
+
+    input_tokens: Floats
+    output_tokens: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +68,48 @@ class MeasuredModel:
     """Of the judge, on answers of this model and the current one; None: no check asks a judge."""
     sharpness: float = 1.0
     """Of its grades (`analysis.quality.judging.sharpness`)."""
+    lengths: Lengths | None = None
+    """Of a model that was simulated; None: it was asked."""
+    at_least: bool = False
+    """What it costs is a lower bound, by the chip's data sheet: it is held against nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRow:
+    """One model in figures; intervals by session."""
+
+    name: str
+    accepted: Bounded | None
+    """Share of the records whose check tells something."""
+    ungraded: float | None
+    """Share of records."""
+    failed: float | None
+    """Share of requests that the server failed; they count as rejected."""
+    cut: float | None
+    """Share of answers that ended at their cap."""
+    output_tokens: Bounded | None
+    """Per answer."""
+    usd_per_request: Bounded | None
+    """Of calls, or of whole instances at the trace's volume; with what the user stated of review and failures."""
+    usd_per_accepted: Bounded | None
+    usd_per_request_full: Bounded | None
+    """Of an instance that is as full as the SLO allows: what the next request costs. None: no capacity was searched."""
+    usd_per_accepted_full: Bounded | None
+    usd_per_1m: Bounded | None
+    """Per 1M tokens of the *current* model for the same requests: tokenizers differ."""
+    instances: Bounded | None
+    capacity: Bounded | None
+    """Requests/s of one instance at the SLO; None: not searched."""
+    calls: float | None
+    """Of this model, per request."""
+    escalated: float | None
+    """Share of requests that the current model answers in the end."""
+    slo_met: bool | None
+    load: str
+    problem: str | None
+    evidence: Evidence = "measured"
+    at_least: bool = False
+    """Every cost is a lower bound, and the capacity an upper one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +155,7 @@ def side_of(
     without answers.
     """
     if not tables:
-        return None
+        return None if one.lengths is None else _unasked(one, one.lengths)
 
     def stacked(name: str) -> Floats:
         return np.stack([column(table, name) for table in tables], axis=1)
@@ -135,6 +186,23 @@ def side_of(
     )  # fmt: skip
 
 
+def _unasked(one: MeasuredModel, lengths: Lengths) -> Side:
+    """A model that answers each record once, nobody knows how well."""
+    n, price = len(lengths.input_tokens), one.price
+    usd, nothing, unknown = np.zeros(n), np.zeros(n), np.full(n, np.nan)
+    if one.fleet is None:
+        usd = unknown if price is None else (
+            lengths.input_tokens * price.input + lengths.output_tokens * price.output
+        ) / 1e6  # fmt: skip
+    served = ServedRequests(
+        calls=np.ones(n), usd=usd, escalated=nothing, rejected=nothing, undetected=nothing, accepted=nothing
+    )
+    return Side(
+        grades=unknown, attempts=Attempts(usd=usd[:, None], gate=np.ones((n, 1)), accepted=unknown[:, None]),
+        served=served if np.isfinite(usd).all() else None, tokens=lengths.output_tokens, score=unknown,
+    )  # fmt: skip
+
+
 def _filled(attempts: Attempts) -> Attempts:
     """Ungraded answers as good as the others: they cost what others cost."""
     known = attempts.accepted[np.isfinite(attempts.accepted)]
@@ -157,7 +225,9 @@ def costs_of(
     current: MeasuredModel, base: Side | None, one: MeasuredModel, side: Side | None, stated: Stated,
     facts: RecordFacts, rate: float,
 ) -> Costs | None:  # fmt: skip
-    """The bill of one candidate beside the current model; None: one of them has none."""
+    """The bill of one candidate beside the current model; None: one of them has none, or but a lower bound."""
+    if current.at_least or one.at_least:
+        return None
     if base is None or side is None or base.served is None or side.served is None:
         return None
     return Costs(

@@ -10,7 +10,17 @@ from functools import partial
 import numpy as np
 
 from harness.analysis.arrays import Bools, Floats, Ints
-from harness.analysis.audit.model import MeasuredModel, Side, cascade_of, column, costs_of, failed, side_of, slo_of
+from harness.analysis.audit.model import (
+    MeasuredModel,
+    ModelRow,
+    Side,
+    cascade_of,
+    column,
+    costs_of,
+    failed,
+    side_of,
+    slo_of,
+)
 from harness.analysis.quality.bill import BreakEven, Costs, Policy, Rented, Stated, bill, break_even, by_record
 from harness.analysis.quality.cascade import Cascade
 from harness.analysis.quality.claims import Claim, payroll_and_churn, usual_claims
@@ -18,44 +28,16 @@ from harness.analysis.quality.estimate import Bounded, given, mean, ratio
 from harness.analysis.quality.judging import JudgeTrust, corrected
 from harness.analysis.quality.paired import ALPHA, Paired, like_another_run, paired
 from harness.analysis.quality.slices import RecordFacts, depth_slope, sessions_hit, slices
-from harness.analysis.quality.verdict import AuditVerdict, CandidateModel, GradedRecords, Word, decide, settled
+from harness.analysis.quality.verdict import (
+    AuditVerdict,
+    CandidateModel,
+    GradedRecords,
+    Word,
+    decide,
+    settled,
+)
 
 SCHEMA = "harness.audit/1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRow:
-    """One model in figures; intervals by session."""
-
-    name: str
-    accepted: Bounded | None
-    """Share of the records whose check tells something."""
-    ungraded: float | None
-    """Share of records."""
-    failed: float | None
-    """Share of requests that the server failed; they count as rejected."""
-    cut: float | None
-    """Share of answers that ended at their cap."""
-    output_tokens: Bounded | None
-    """Per answer."""
-    usd_per_request: Bounded | None
-    """Of calls, or of whole instances at the trace's volume; with what the user stated of review and failures."""
-    usd_per_accepted: Bounded | None
-    usd_per_request_full: Bounded | None
-    """Of an instance that is as full as the SLO allows: what the next request costs. None: no capacity was searched."""
-    usd_per_accepted_full: Bounded | None
-    usd_per_1m: Bounded | None
-    """Per 1M tokens of the *current* model for the same requests: tokenizers differ."""
-    instances: Bounded | None
-    capacity: Bounded | None
-    """Requests/s of one instance at the SLO; None: not searched."""
-    calls: float | None
-    """Of this model, per request."""
-    escalated: float | None
-    """Share of requests that the current model answers in the end."""
-    slo_met: bool | None
-    load: str
-    problem: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,17 +212,21 @@ def _row(
         name=one.name, accepted=None, ungraded=None, failed=None, cut=None, output_tokens=None, usd_per_request=None,
         usd_per_accepted=None, usd_per_request_full=None, usd_per_accepted_full=None, usd_per_1m=None, instances=None,
         capacity=one.fleet.capacity if one.fleet and one.capacity_searched else None, calls=None, escalated=None,
-        slo_met=one.slo_met, load=one.load, problem=one.problem,
+        slo_met=one.slo_met, load=one.load, problem=one.problem, evidence=one.evidence, at_least=one.at_least,
     )  # fmt: skip
     if side is None:
         return row
     known, said = np.isfinite(side.grades), np.isfinite(side.tokens)
     told = known & seen
-    ends = np.mean([[x == "length" for x in table.column("finish_reason").to_pylist()] for table in tables], axis=0)
+    if tables:
+        ends = np.mean([[x == "length" for x in table.column("finish_reason").to_pylist()] for table in tables], axis=0)
+        row = replace(
+            row, ungraded=float(np.average(~known, weights=weight)),
+            failed=float(np.average(np.mean([failed(table) for table in tables], axis=0), weights=weight)),
+            cut=float(np.average(ends, weights=weight)),
+        )  # fmt: skip
     row = replace(
-        row, ungraded=float(np.average(~known, weights=weight)),
-        failed=float(np.average(np.mean([failed(table) for table in tables], axis=0), weights=weight)),
-        cut=float(np.average(ends, weights=weight)),
+        row,
         accepted=_bounded(mean(side.grades[told], session[told], weight[told])) if told.any() else None,
         output_tokens=mean(side.tokens[said], session[said], weight[said]) if said.any() else None,
     )  # fmt: skip
@@ -284,6 +270,8 @@ def _bounded(share: Bounded) -> Bounded:
 
 def _per_1m(row: ModelRow, first: ModelRow, current: MeasuredModel, weight: Floats) -> ModelRow:
     into = column(current.grades[0], "input_tokens") if current.grades else np.zeros(0)
+    if current.lengths is not None:
+        into = current.lengths.input_tokens
     said = np.isfinite(into)
     if row.usd_per_request is None or first.output_tokens is None or not said.any():
         return row
@@ -322,7 +310,7 @@ def _answer(
             per_accepted = whole.over(results)
     worse = verdict.word == "do not switch: worse"
     proven = verdict.not_worse is not None and verdict.not_worse <= ALPHA
-    even = None if costs is None else _break_even(costs)
+    even = None if costs is None or row.evidence == "simulated" else _break_even(costs)
     claims = (
         *usual_claims(results, whole, False if worse else proven or None),
         *payroll_and_churn(whole, Stated() if costs is None else costs.stated, even),
@@ -379,10 +367,23 @@ def sentence(verdict: AuditVerdict, row: ModelRow, first: ModelRow) -> str:
             f". Accepted {_share(row, verdict.paired.candidate)} against {_share(first, verdict.paired.current)}: "
             f"{100 * verdict.paired.difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         )
+    if row.evidence == "simulated":
+        said += f"; simulated, not measured{_simulated_bill(first, row)}"
     now, then = first.usd_per_accepted, row.usd_per_accepted
     if now is not None and then is not None and verdict.word != "INVALID":
         said += f"; USD per 1,000 accepted answers {1000 * now.value:.4g} now, {1000 * then.value:.4g} then"
     return said + "."
+
+
+def _simulated_bill(first: ModelRow, row: ModelRow) -> str:
+    """What both cost where no answer was graded; empty where one is not known."""
+    now, then = first.usd_per_request, row.usd_per_request
+    if now is None or then is None:
+        return ""
+    usd = [cost.low if one.at_least else cost.value for one, cost in ((first, now), (row, then))]
+    least = ["at least " if one.at_least else "" for one in (first, row)]
+    return (f": USD per 1,000 requests {least[0]}{1000 * usd[0]:.4g} now, {least[1]}{1000 * usd[1]:.4g} then, "
+            "with equally long answers")  # fmt: skip
 
 
 def _share(row: ModelRow, among_pairs: float) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from harness.analysis.audit.report import AuditReport, CandidateAnswer, ModelRow
+from harness.analysis.audit.model import ModelRow
+from harness.analysis.audit.report import AuditReport, CandidateAnswer
 from harness.analysis.quality.claims import Claim
 from harness.analysis.quality.estimate import Bounded
 from harness.analysis.quality.paired import FEWEST_SESSIONS
@@ -22,10 +23,16 @@ def audit_sections(report: AuditReport) -> list[Section]:
         f"{report.graded:,} graded records of {report.trace} in {report.sessions:,} sessions; a candidate may lose "
         f"{100 * report.margin:g} points; SLO {slo}; {figure(report.requests_per_s)} requests/s."
     )
+    if all(row.evidence == "simulated" for row in report.models):
+        asked = (
+            f"Simulated, not measured: {report.records:,} records of {report.trace}, none of them graded; SLO {slo}; "
+            f"{figure(report.requests_per_s)} requests/s."
+        )
     sections = [Section(title="Audit", lines=(*(answer.sentence for answer in report.answers), asked))]
     sections += [*_quality(report), *_money(report)]
-    for answer in report.answers:
-        sections += [_slices(answer), _ratios(answer), *_cascade(answer)]
+    for row, answer in zip(report.models[1:], report.answers, strict=True):
+        asked_it = [] if row.evidence == "simulated" else [_slices(answer)]
+        sections += [*asked_it, _ratios(answer, row), *_cascade(answer)]
     return [*sections, _trust(report)]
 
 
@@ -35,12 +42,12 @@ def _quality(report: AuditReport) -> list[Section]:
     for row, answer in zip(report.models, [None, *report.answers], strict=True):
         pair = None if answer is None else answer.verdict.paired
         rows.append((
-            row.name, Cell("today" if answer is None else answer.verdict.word, mark=_mark(answer)),
+            _name(row), Cell("today" if answer is None else answer.verdict.word, mark=_mark(answer)),
             _points(row.accepted), "-" if answer is None else _points(answer.difference, sign=True),
             "-" if pair is None else f"{100 * pair.harmful:.1f} / {100 * pair.helpful:.1f} %",
         ))  # fmt: skip
     answers = [
-        (row.name, _figure(row.output_tokens), _percent(row.cut), _percent(row.failed), _percent(row.ungraded))
+        (_name(row), _figure(row.output_tokens), _percent(row.cut), _percent(row.failed), _percent(row.ungraded))
         for row in report.models
     ]
     return [
@@ -68,26 +75,29 @@ def _mark(answer: CandidateAnswer | None) -> str | None:
 def _money(report: AuditReport) -> list[Section]:
     heads = ("Model", "SLO", "USD per 1,000 requests", "USD per 1,000 accepted", "Instances")
     rows = [
-        (row.name, _met(row), _figure(_thousand(row.usd_per_request)), _figure(_thousand(row.usd_per_accepted)),
-         _figure(row.instances))
+        (_name(row), _met(row), _usd(row, row.usd_per_request), _usd(row, row.usd_per_accepted),
+         _least(row, row.instances))
         for row in report.models
     ]  # fmt: skip
     more = ("Model", "Requests/s of one", "Per 1,000 requests, full", "Per 1,000 accepted, full", "Per 1M tokens")
     full = [
-        (row.name, _figure(row.capacity), _figure(_thousand(row.usd_per_request_full)),
-         _figure(_thousand(row.usd_per_accepted_full)), _figure(row.usd_per_1m))
+        (_name(row), _most(row), _usd(row, row.usd_per_request_full), _usd(row, row.usd_per_accepted_full),
+         _least(row, row.usd_per_1m))
         for row in report.models
     ]  # fmt: skip
     notes = [
         *(
-            f"{row.name}: {row.calls:.3g} calls per request, {row.escalated:.1%} end with today's model."
+            f"{_name(row)}: {row.calls:.3g} calls per request, {row.escalated:.1%} end with today's model."
             for row in report.models
             if row.calls is not None and row.escalated is not None and (row.calls != 1 or row.escalated)
         ),
         f"Whole instances at {figure(report.requests_per_s)} requests/s, with each model's own answer lengths; "
         "review and failures as far as they were stated.",
-        *(f"{row.name}: {row.load}" for row in report.models if row.load),
+        *(f"{_name(row)}: {row.load}" for row in report.models if row.load),
     ]
+    if any(row.evidence == "simulated" for row in report.models):
+        notes.append("Of simulated models intervals hold the simulator's own error, in 9 of 10 cases "
+                     "(docs/ACCURACY.md); no latency is claimed of them but that the SLO is kept.")  # fmt: skip
     return [
         Section(title="Money", table=Table(heads, rows, right=(2, 3, 4)), notes=notes),
         Section(
@@ -96,6 +106,26 @@ def _money(report: AuditReport) -> list[Section]:
                    "the same requests, since tokenizers differ.",),
         ),
     ]  # fmt: skip
+
+
+def _name(row: ModelRow) -> str:
+    """A model as every line names it, with what its figures are where they are not measured."""
+    return f"{row.name}, simulated" if row.evidence == "simulated" else row.name
+
+
+def _least(row: ModelRow, found: Bounded | None) -> str:
+    """A cost, or a number of instances: of a bound its lower end."""
+    return f"at least {figure(found.low)}" if row.at_least and found is not None else _figure(found)
+
+
+def _usd(row: ModelRow, found: Bounded | None) -> str:
+    """Of 1,000 requests or answers."""
+    return _least(row, _thousand(found))
+
+
+def _most(row: ModelRow) -> str:
+    """The capacity: of a bound its upper end."""
+    return f"at most {figure(row.capacity.high)}" if row.at_least and row.capacity else _figure(row.capacity)
 
 
 def _met(row: ModelRow) -> str:
@@ -145,7 +175,8 @@ def _cascade(answer: CandidateAnswer) -> list[Section]:
     )]  # fmt: skip
 
 
-def _ratios(answer: CandidateAnswer) -> Section:
+def _ratios(answer: CandidateAnswer, row: ModelRow) -> Section:
+    stamp = "simulated: " if row.evidence == "simulated" else ""
     facts: list[tuple[str, object]] = [
         ("USD per request", _times(answer.usd_per_request)),
         ("USD per accepted answer", _times(answer.usd_per_accepted)),
@@ -171,8 +202,8 @@ def _ratios(answer: CandidateAnswer) -> Section:
         ]
         facts += [(name, _figure(value)) for name, value in given if value is not None]
     return Section(
-        title=f"{answer.verdict.candidate} over today's model", facts=(("Ratios", facts),),
-        notes=[_claim(claim) for claim in answer.claims],
+        title=f"{_name(row)} over today's model", facts=(("Ratios", [(stamp + name, said) for name, said in facts]),),
+        notes=[stamp + _claim(claim) for claim in answer.claims],
     )  # fmt: skip
 
 
@@ -214,7 +245,7 @@ def _trust(report: AuditReport) -> Section:
         if answer.judge is not None
     ]
     notes = [
-        f"Checks, fixed before anybody was asked: SHA-256 {report.checks_sha256}.",
+        f"Checks, fixed before anybody was asked: SHA-256 {report.checks_sha256 or 'none'}.",
         f"Not worse: Tango's score test by session at 2.5 %, Holm over candidates, from {FEWEST_SESSIONS} sessions on.",
         *report.notes,
         f"Folder: {report.folder}",

@@ -32,6 +32,7 @@ from harness.options import (
     ReplayOptions,
     ReportOptions,
     SearchOptions,
+    ServeOptions,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ ASKED = ("limit", "rate", "seed", "tokenizer", "endpoint")
 SENT = ("output_lengths", "length_field", "min_requests", "workers", "timeout_s", "stall_s", "extra_body", "keep_text",
         "no_counters", "retries", "headers", "header_env", "key_header", "tls_ca")  # fmt: skip
 
+ENGINE = (
+    "Servers to start: vLLM (default), or simulated: what each MODEL@TIER carries and costs, on hardware that need not "
+    "be there, with the answer lengths of TRACE. Nobody is asked, so no quality is measured."
+)
+
 
 @audit.command(
     short_help="Compare candidates with the current model: quality, load, money, verdict.",
@@ -75,6 +81,8 @@ Examples:
   harness audit trace.jsonl ... --resume
   harness audit trace.jsonl ... --repeats 3 --tries 2 --escalate --extra-body '{{"temperature": 0.7}}'
   harness audit trace.jsonl ... --cascade
+  harness audit lengths.jsonl --engine simulated --current llama-3.1-70b-instruct@lambda-h100x2 \\
+    --candidate mistral-7b-instruct-v0.3-fp8@lambda-h100 --slo ttft_p95=2s,tpot_p95=100ms
   harness audit trace.jsonl ... --judge https://judge.example.com/v1 --judge-model NAME --labelled labels.jsonl
 
 \b
@@ -100,6 +108,7 @@ Exit status:
     ReplayOptions,
     options_of(ReadOptions, "trace_format", "skip_bad", "sort", "where"),
     options_of(PlanOptions, *ASKED),
+    options_of(ServeOptions, engine={"help": ENGINE}),
     options_of(LoadOptions, *SENT, slo={"help": "The SLO: ttft_p95=2s,tpot_p95=200ms.", "required": True}),
     options_of(AttainOption),
     options_of(ReportOptions, "format_"),
@@ -118,6 +127,10 @@ def run(
     A candidate is switched to when it is not worse by --margin or more, in all and in every slice that matters, when
     the whole bill is smaller, and when it keeps the SLO. The current model is asked twice: the noise floor.
     """
+    if asked.serve.engine == "simulated":
+        from harness.cli.runner.audit_simulated import simulated_audit
+
+        return simulated_audit(trace, out, resume, html, asked, want, search)
     from harness.cli.runner.audit_run import audited
 
     return audited(trace, out, resume, html, asked, want, search)

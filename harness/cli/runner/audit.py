@@ -244,7 +244,7 @@ def quality(
     state = sweep.new_state("quality", folder, spec)
     absent = {k for k, pair in enumerate(state.pairs) if k and no_hardware(pair)}
     state.points = [p for p in state.points if p.pair == 0 or (p.repeat <= want.repeats and p.pair not in absent)]
-    state = _begun(folder / "quality", state, traces[0])
+    state = begun(folder / "quality", state, traces[0])
     load = replace(
         asked.load, output_lengths="cap", sealed=True, slo=None, min_requests=1, concurrency=None,
         busy_retries=MOST_BUSY,
@@ -315,7 +315,7 @@ def load(
         order="given", seed=seed, options={} if search is None else {"search": "capacity", "probe_s": search.probe_s},
         budget_usd=search.max_usd if search else None, budget_hours=search.max_hours if search else None,
     )  # fmt: skip
-    state = _begun(where, sweep.new_state(where.name, folder, spec, search=search is not None), trace)
+    state = begun(where, sweep.new_state(where.name, folder, spec, search=search is not None), trace)
     tiers = sweep.check(spec, options)
     if search is not None:
         session = CapacityOf(where, state, options, trace, tiers, search)
@@ -323,14 +323,15 @@ def load(
         session.run()
         report = session.report()
         (where / ANSWER).write_bytes(as_json(report))
-        return _searched(report, tiers[0])
+        return searched(report, tiers[0])
     level = LoadSession(where, state, options, trace, tiers)
     level.shared = servers
     level.run()
-    return _level(state.points[0], tiers[0], rate)
+    return level_of(state.points[0], tiers[0], rate)
 
 
-def _level(point: Point, tier: Tier | None, rate: float) -> LoadPass:
+def level_of(point: Point, tier: Tier | None, rate: float) -> LoadPass:
+    """What one load level told of a model."""
     judged = point.slo_met if point.state == "done" and point.verdict == "VALID" else None
     words = f"{rate:.4g} req/s: {point.verdict or point.state}"
     if point.reason:
@@ -339,7 +340,8 @@ def _level(point: Point, tier: Tier | None, rate: float) -> LoadPass:
     return LoadPass(slo_met=judged, rate=kept, low=kept, high=kept, tier=tier, words=words)
 
 
-def _searched(report: CapacityReport, tier: Tier | None) -> LoadPass:
+def searched(report: CapacityReport, tier: Tier | None) -> LoadPass:
+    """What a search for capacity told of a model."""
     found = report.answer.capacity if report.answer is not None else None
     if found is None or found.state == "unknown":
         return LoadPass(slo_met=None, tier=tier, words=report.sentence, searched=True)
@@ -351,7 +353,7 @@ def _searched(report: CapacityReport, tier: Tier | None) -> LoadPass:
     )  # fmt: skip
 
 
-def _begun(folder: Path, fresh: SweepState, trace: Trace) -> SweepState:
+def begun(folder: Path, fresh: SweepState, trace: Trace) -> SweepState:
     """The state in the folder, if it was begun with the same words, else the fresh one, written there."""
     if (folder / STATE).is_file():
         state = read_state(folder)

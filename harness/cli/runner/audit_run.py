@@ -76,7 +76,7 @@ def audited(
     """All of ``harness audit``; the exit status."""
     want.refuse()
     models, seed = want.models, asked.plan.seed or 0
-    prices, dated = _prices(want, models)
+    prices, dated = prices_of(want, models)
     if want.run_code and (why := refusal()) is not None:
         raise UsageError(f"--run-code: this machine cannot make the sandbox ({why})")
     source = open_asked(trace, asked.plan)
@@ -106,9 +106,9 @@ def audited(
     state = AuditState(
         created=now_utc(), trace=str(source.path), trace_sha256=source.sha256, checks_sha256=checks_sha256(records),
         models=[want.current, *want.candidates], margin=want.margin, slo=dict(asked.load.slo or {}),
-        records=len(records), seed=seed, asked=_asked(asked, want, search, rate),
+        records=len(records), seed=seed, asked=asked_words(asked, want, search, rate),
     )  # fmt: skip
-    folder = _folder(out, trace, resume, state)
+    folder = folder_of(out, trace, resume, state)
     grader = Grader(sandbox=LinuxSandbox() if want.run_code else None, judge=judge)
     with lock(folder):
         say(f"audit folder: {folder}")
@@ -142,7 +142,7 @@ def audited(
     return exit_status(report, want)
 
 
-def _prices(want: AuditOptions, models: Sequence[Pair]) -> tuple[dict[str, TokenPrice], list[str]]:
+def prices_of(want: AuditOptions, models: Sequence[Pair]) -> tuple[dict[str, TokenPrice], list[str]]:
     """List prices by model, stated or of the shipped map where it has the very name; and of which day each is."""
     from harness.analysis.audit.model import TokenPrice
     from harness.analysis.pricing.list_prices import read_list_prices
@@ -176,7 +176,7 @@ def _rate(source: Trace, records: Sequence[AuditedRecord]) -> float:
     return (len(times) - 1) / (times[-1] - times[0])
 
 
-def _asked(asked: ReplayOptions, want: AuditOptions, search: SearchOptions, rate: float) -> dict[str, object]:
+def asked_words(asked: ReplayOptions, want: AuditOptions, search: SearchOptions, rate: float) -> dict[str, object]:
     """What changes a figure, as it comes back from a file."""
     import msgspec
 
@@ -189,7 +189,7 @@ def _asked(asked: ReplayOptions, want: AuditOptions, search: SearchOptions, rate
     return found
 
 
-def _folder(out: Path, trace: Path, resume: str | None, state: AuditState) -> Path:
+def folder_of(out: Path, trace: Path, resume: str | None, state: AuditState) -> Path:
     """A new folder with its ``audit.json``, or the one to go on with. Raises `UsageError` for another question."""
     name = f"audit-{trace.name.split('.')[0]}"
     if resume is None:
@@ -290,7 +290,7 @@ def _report(
     ]
     return audit_report(
         _facts(graded, passes[0][0]), measured, margin=state.margin, slo=state.slo, requests_per_s=rate,
-        stated=_stated(want), unmeasurable=unmeasurable, blind=blind,
+        stated=stated_by(want), unmeasurable=unmeasurable, blind=blind,
         made=now_utc(), folder=str(folder), trace=Path(state.trace).name,
         records=state.records, checks_sha256=state.checks_sha256, notes=notes,
         policy=Policy(tries=want.tries, escalate=want.escalate), attain=asked.report.attain,
@@ -369,7 +369,8 @@ def _facts(graded: Sequence[AuditedRecord], first: QualityPass) -> RecordFacts:
     )  # fmt: skip
 
 
-def _stated(want: AuditOptions) -> Stated:
+def stated_by(want: AuditOptions) -> Stated:
+    """What the user said of money."""
     from harness.analysis.quality.bill import Stated
 
     return Stated(
