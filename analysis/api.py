@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from harness.analysis.compare.variants import Figures, variant_of
+from harness.analysis.compare.variants import MetricFigures, variant_of
 from harness.analysis.cost.cost import DEFAULT_RATIO
 from harness.analysis.report.export import run_table
 from harness.analysis.rows.read import Run, read_run
@@ -54,7 +54,7 @@ class LoadedRun:
         plain: dict[str, object] = msgspec.to_builtins(claims(self.summary(slo, attain=attain, ratio=ratio)))
         return plain
 
-    def variant(self, name: str) -> dict[str, Figures]:
+    def variant(self, name: str) -> dict[str, MetricFigures]:
         """The run's figures as another tool defines them: ``vllm-bench``, ``guidellm``, ``aiperf``
         (METRICS.md has the formulas). Raises `UsageError` on other names.
         """

@@ -22,7 +22,7 @@ from gevent.event import Event
 
 from harness.record.results import Result
 from harness.scenarios.client.client import Client
-from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.completion import StreamedAnswer
 from harness.scenarios.client.in_flight import InFlight
 from harness.scenarios.client.timers import WakeTimer
 from harness.scenarios.plan_reader import Draft, Planned
@@ -72,7 +72,7 @@ class Conversations:
         if planned.kept:
             self._said[planned.request_id] = why
 
-    def _answered(self, draft: Draft, history: bytes, result: Result, answer: Answer) -> None:
+    def _answered(self, draft: Draft, history: bytes, result: Result, answer: StreamedAnswer) -> None:
         self._open.pop(result.request_id, None)
         if result.error not in (None, "cancelled"):
             said: bytes | str | None = f"request {result.request_id} of its session failed ({result.error})"

@@ -24,7 +24,7 @@ import pyarrow as pa
 from harness.errors import HarnessError, PlanError, UsageError
 from harness.plan.file import Request, iter_batches, read_plan_columns, requests_in
 from harness.record.run_spec import NO_TEMPERATURE, RunSpec
-from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.completion import StreamedAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Draft:
         """The bytes of the request from its Content-Length header on."""
         return _framed(self.before + self._joined(history, self.new) + self.after)
 
-    def history(self, history: bytes, answer: Answer) -> bytes | None:
+    def history(self, history: bytes, answer: StreamedAnswer) -> bytes | None:
         """The history of the next turn: this turn with its own ``history``, and the answer.
 
         Null when the server sent no token ids.

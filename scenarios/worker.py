@@ -37,8 +37,8 @@ from harness.record.results import FLUSH_S, Result, ResultWriter
 from harness.record.run_spec import WorkerSpec
 from harness.record.samples import WORKER_SCHEMA, Observation, ObservationWriter
 from harness.scenarios.client.client import Client, raise_fd_limit
-from harness.scenarios.client.completion import Answer
-from harness.scenarios.client.in_flight import Sampler
+from harness.scenarios.client.completion import StreamedAnswer
+from harness.scenarios.client.in_flight import AnswerSampler
 from harness.scenarios.client.timers import WakeTimer
 from harness.scenarios.dispatch import Dispatcher, slot_starts
 from harness.scenarios.locust_user import API_KEY
@@ -57,7 +57,7 @@ _UNSENT = 10_000  # rows held in memory when a run is stopped
 _SOCKETS = 65536  # made room for before the start
 
 
-class Worker:
+class LoadWorker:
     """One run of one slice."""
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -81,7 +81,7 @@ class Worker:
             raise WorkerError(f"{spec.results}: cannot write results ({e.strerror or e})") from e
         self.end_ns: int | None = None
         self.rows = 0
-        self._sampler = None if spec.answers is None else Sampler(SAMPLE // spec.workers)
+        self._sampler = None if spec.answers is None else AnswerSampler(SAMPLE // spec.workers)
         self._client = Client(
             spec, self._record, api_key=os.environ.get(API_KEY), secret_headers=from_environment(spec.header_env),
             sampler=self._sampler, capture=None if self._captured is None else self._capture,
@@ -252,7 +252,7 @@ class Worker:
         else:
             self._writer.append(result)
 
-    def _capture(self, result: Result, answer: Answer) -> None:
+    def _capture(self, result: Result, answer: StreamedAnswer) -> None:
         assert self._captured is not None
         if result.error is None:
             self._captured.append(result.request_id, answer.text, answer.logprobs)
@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if len(arguments) != 1:
             raise UsageError("usage: python -m harness.scenarios.worker SPEC.json")
-        worker = Worker(read_spec(Path(arguments[0])))
+        worker = LoadWorker(read_spec(Path(arguments[0])))
         say("ready", requests=worker.requests, fd_limit=worker.fd_limit, host=platform.node())
         start = start_ns(worker.commands)
         if start is None:

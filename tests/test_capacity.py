@@ -10,7 +10,7 @@ from run_files import SPEC, TIER, S, good, watch, write_run
 from harness.analysis.capacity.serving_config import ServingConfig, cost_at, serving_configs
 from harness.analysis.capacity.sweep import (
     Capacity,
-    Point,
+    LoadPoint,
     capacity,
     falling,
     little,
@@ -41,7 +41,7 @@ def kept(value, n=1000, width=0.0):
 
 def point(load, *shares, n=1000, width=0.0, **rates):
     rates = {name: q if isinstance(q, Quantity) else figure(q, q, q) for name, q in rates.items()}
-    return Point(load=load, kept=tuple(kept(s, n, width) for s in shares), rates=rates)
+    return LoadPoint(load=load, kept=tuple(kept(s, n, width) for s in shares), rates=rates)
 
 
 def at(points, *criteria) -> Capacity:
@@ -78,7 +78,7 @@ def test_without_a_valid_run_nothing_is_known():
 
 def test_an_slo_that_cannot_be_judged_says_why():
     unknown = replace(kept(None), note="tpot is not known: usage missing on 5 of 5 requests")
-    found = at([Point(load=2.0, kept=(unknown,), rates={})])
+    found = at([LoadPoint(load=2.0, kept=(unknown,), rates={})])
     assert (found.state, found.load.value, found.load.note) == ("unknown", None, unknown.note)
 
 
@@ -164,7 +164,7 @@ def coverage(attainment, truths, loads, wanted, requests, seed=3):
         points = []
         for load in loads:
             flags = rng.random(requests) < curve(load)
-            points.append(Point(load=load, kept=(share(flags, unit="", evidence="simulated"),), rates={}))
+            points.append(LoadPoint(load=load, kept=(share(flags, unit="", evidence="simulated"),), rates={}))
         result = capacity(points, (Criterion(name="x", wanted=wanted),))
         if result.state != "found":
             continue

@@ -26,7 +26,7 @@ from harness.analysis.capacity.search import (
     next_load,
     settling_s,
 )
-from harness.analysis.capacity.sweep import Point
+from harness.analysis.capacity.sweep import LoadPoint
 from harness.analysis.stats.intervals import Quantity
 from harness.cli.capacity import capacity
 from harness.cli.plan_fleet import plan_fleet
@@ -194,14 +194,14 @@ def test_a_server_that_answers_nothing_valid_ends_the_search() -> None:
 
 def test_an_slo_that_cannot_be_judged_ends_the_search_at_once() -> None:
     unknown = Quantity(value=None, n=60, unit="", evidence="measured", note="tpot is not known: no usage")
-    point = Point(load=1.0, kept=(unknown,), rates={"request_throughput": quantity(2.0)})
+    point = LoadPoint(load=1.0, kept=(unknown,), rates={"request_throughput": quantity(2.0)})
     step = next_load([Probe(rate=None, concurrency=1, point=point, used=math.inf)], P95, 0.05, DEMAND)
     assert (step.rate, step.concurrency, step.narrow) == (None, None, False)
     assert "tpot is not known: no usage" in step.why
 
 
 def test_no_search_is_endless() -> None:
-    point = Point(load=1.0, kept=(quantity(1.0),), rates={"request_throughput": quantity(1.0)})
+    point = LoadPoint(load=1.0, kept=(quantity(1.0),), rates={"request_throughput": quantity(1.0)})
     probe = Probe(rate=1.0, concurrency=None, point=point)
     assert next_load([probe] * MOST_PROBES, P95, 0.05, DEMAND).rate is None
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.record.results import Result
-from harness.scenarios.client.completion import Answer, Completion, fill
+from harness.scenarios.client.completion import Completion, StreamedAnswer, fill
 from harness.scenarios.client.fast_path import Template
 
 
@@ -21,7 +21,7 @@ def filled(said):
 def completion(*events: dict[str, Any], told: bool = False) -> Completion:
     """Events read one by one, at 1, 2, 3 ..."""
     made = Completion()
-    made.answer = Answer() if told else None
+    made.answer = StreamedAnswer() if told else None
     for stamp, event in enumerate(events, 1):
         made.read_event(b"data: " + msgspec.json.encode(event) + b"\n\n", stamp)
     return made
@@ -109,7 +109,7 @@ def test_what_was_said_is_the_content_alone(parts):
 
 def test_what_was_said_without_streaming_and_on_completions():
     whole = Completion()
-    whole.answer = Answer()
+    whole.answer = StreamedAnswer()
     whole.read_json(b'{"choices":[{"message":{"content":"all of it"},"token_ids":[1,2]}]}', 1)
     assert (whole.answer.text, whole.answer.token_ids) == ("all of it", [1, 2])
     said = completion({"choices": [{"text": "a", "token_ids": [7]}]}, {"choices": [{"text": "b"}]}, told=True).answer
@@ -166,7 +166,7 @@ def test_the_end_of_another_choice_is_not_the_end_of_the_first():
 
 def test_a_whole_answer_of_several_choices_has_no_count_of_its_first():
     made = Completion()
-    made.answer = Answer()
+    made.answer = StreamedAnswer()
     choices = [{"index": k, "message": {"content": text}, "finish_reason": "stop"} for k, text in ((1, "x"), (0, "a"))]
     made.read_json(msgspec.json.encode({"choices": choices, "usage": {"completion_tokens": 2}}), 5)
     facts = filled(made)

@@ -27,7 +27,7 @@ from harness.plan.file import iter_requests, plan_sha256, read_plan_info
 from harness.record.manifest import RunDir, read_manifest
 from harness.record.results import Result, read_results
 from harness.record.run_spec import RunSpec
-from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.completion import StreamedAnswer
 from harness.scenarios.client.http1 import Response
 from harness.scenarios.dispatch import Conversations
 from harness.scenarios.plan_reader import PlanReader, draft, prepare
@@ -108,7 +108,7 @@ def test_with_the_recorded_answers_a_live_conversation_is_the_recorded_one(form,
         got = body_of(turn.payload(history))
         assert got.pop("return_token_ids", None) == (True if form == "ids" else None)
         assert got == expected
-        said = Answer()
+        said = StreamedAnswer()
         said.parts.append(answer)
         said.token_ids += list(answer.encode()) if form == "ids" else []
         history, before = turn.history(history, said), answer
@@ -255,7 +255,7 @@ def test_what_was_said_is_the_same_however_it_arrives(texts, cuts, spoken):
     raw = HEAD + b"".join(map(chunk, events(*choices))) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
     at = sorted({cut % len(raw) for cut in cuts} - {0})
     reads = [raw[a:b] for a, b in pairwise([0, *at, len(raw)])]
-    response = Response(None, Answer())
+    response = Response(None, StreamedAnswer())
     for stamp, read in enumerate(reads):
         response.feed(read, stamp)
     assert response.done

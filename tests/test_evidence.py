@@ -16,7 +16,7 @@ from harness.cluster.catalogue.tiers import get_tier
 from harness.cluster.engines.protocol import CommandEngine, Engine
 from harness.errors import UsageError
 from harness.plan.file import plan_sha256, read_plan_info
-from harness.record.manifest import RunDir, System, Worker, new_manifest, read_manifest, write_manifest
+from harness.record.manifest import RunDir, ServedBy, Worker, new_manifest, read_manifest, write_manifest
 from harness.record.run_spec import RunSpec
 
 TIER = get_tier("aws-m7a.large")
@@ -29,7 +29,7 @@ def record(path: Path, engine: Engine) -> Path:
     """A run directory from data alone: no server is asked, and none exists."""
     run = RunDir(write_run(path, [good(i) for i in range(60)]))
     spec = RunSpec(mode="open", model=engine.served_model, base_urls=[], slo={"ttft": 2.0})
-    system = System(engine=engine.name, evidence=engine.evidence, model=engine.served_model, tier=TIER)
+    system = ServedBy(engine=engine.name, evidence=engine.evidence, model=engine.served_model, tier=TIER)
     manifest = new_manifest(path.name, spec, read_plan_info(run.plan), plan_sha256(run.plan), system, replicas=[])
     manifest.status = "complete"
     manifest.workers = [Worker(index=0, rows=60, cpu_share=0.2, loop_lag_p99_s=0.001)]

@@ -111,7 +111,7 @@ def test_another_users_entries_and_processes_are_never_touched(tmp_path: Path, m
     try:
         command = registry.identify(theirs.pid)
         gone = registry.Identity(2**22 - 1, "never")
-        entry = registry.Entry(
+        entry = registry.RunningGroup(
             id="00c0ffee", name="replica 0", place=registry.place(), host="h", started=0.0, owner=gone, guard=gone,
             command=command, mark="x", argv=["sleep"], run_dir=None,
         )  # fmt: skip

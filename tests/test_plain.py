@@ -18,10 +18,10 @@ from test_response import CHUNKED, DONE, END, chunk, delta, listed, text, usage
 
 from harness.record.results import Result
 from harness.scenarios.client import reader as reading
-from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.completion import StreamedAnswer
 from harness.scenarios.client.connection import Connection
 from harness.scenarios.client.events import is_text
-from harness.scenarios.client.fast_path import Shape, Template
+from harness.scenarios.client.fast_path import AnswerShape, Template
 from harness.scenarios.client.http1 import Response
 from harness.scenarios.client.in_flight import InFlight
 
@@ -99,7 +99,7 @@ IDS = st.one_of(
 )
 
 
-def by_the_book(reads: list[bytes], told: Answer | None = None) -> Result:
+def by_the_book(reads: list[bytes], told: StreamedAnswer | None = None) -> Result:
     """The facts of an answer that the server then closes; a stamp is the number of the read, from 0 on."""
     response = Response()
     response._completion.answer = told
@@ -213,7 +213,7 @@ SECOND = b'data: {"choices":[{"index":1,"delta":{"role":"assistant","content":""
     ],
 )
 def test_an_opening_is_what_says_nothing_yet(parts: list[bytes], known: list[bytes]) -> None:
-    shape = Shape.learn(CHUNKED + b"".join(parts), None)
+    shape = AnswerShape.learn(CHUNKED + b"".join(parts), None)
     assert shape.opening == CHUNKED + b"".join(known)
 
 
@@ -226,17 +226,17 @@ def test_an_opening_is_what_says_nothing_yet(parts: list[bytes], known: list[byt
     ],
 )  # fmt: skip
 def test_an_answer_of_another_kind_has_no_opening(head: bytes) -> None:
-    assert Shape.learn(head + chunk(ROLE) + chunk(FIRST), None).opening == b""
+    assert AnswerShape.learn(head + chunk(ROLE) + chunk(FIRST), None).opening == b""
 
 
 def test_a_shape_remembers_some_kinds_of_events_and_the_last_opening() -> None:
-    shape = Shape.learn(CHUNKED + chunk(FIRST), None)
-    again = Shape.learn(CHUNKED + chunk(FIRST), shape)
+    shape = AnswerShape.learn(CHUNKED + chunk(FIRST), None)
+    again = AnswerShape.learn(CHUNKED + chunk(FIRST), shape)
     assert again is shape
-    other = Shape.learn(CHUNKED + chunk(ROLE) + chunk(text("a")), shape)
+    other = AnswerShape.learn(CHUNKED + chunk(ROLE) + chunk(text("a")), shape)
     assert other.opening == CHUNKED + chunk(ROLE)
     assert (other.templates[0], len(other.templates)) == (shape.templates[0], 2)
-    assert Shape.learn(b"HTTP/1.1 500", other) is other
+    assert AnswerShape.learn(b"HTTP/1.1 500", other) is other
     for i in range(20):
         other = other.with_one(Template.learn(said(SHAPES[0].replace("index", f"x{i}"), b'"a"')))
     assert len(other.templates) == 4
@@ -372,7 +372,7 @@ def test_what_the_hot_path_keeps_says_what_the_book_says(data: st.DataObject) ->
             one, i = reads[at], data.draw(st.integers(0, len(reads[at]) - 1))
             damage = data.draw(st.sampled_from([b"", b"x", b'"', b"\n", b"\r", b"0", b":", one[i : i + 1] * 2]))
             reads[at] = (one[:i] + damage + one[i + 1 :]) or b"x"
-        said_by_the_book = Answer()
+        said_by_the_book = StreamedAnswer()
         expected = by_the_book(reads, said_by_the_book)
         parse_after = data.draw(st.sets(st.integers(0, len(reads)), max_size=4))
         stream, sent = wire.answer(reads, parse_after, told=told)

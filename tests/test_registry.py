@@ -20,7 +20,7 @@ from conftest import ROOT, gone, wait_for
 
 from harness.cli import machines as verbs
 from harness.cluster.process.process import Process, registry
-from harness.cluster.process.registry import Entry, Identity, end, identify, name_orphans, running, work_folder
+from harness.cluster.process.registry import Identity, RunningGroup, end, identify, name_orphans, running, work_folder
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,14 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state" / "harness" / "processes"
 
 
-def sleeps(entry: Entry) -> list[psutil.Process]:
+def sleeps(entry: RunningGroup) -> list[psutil.Process]:
     """The grandchildren of a group."""
     return [p for p in entry.members() if p.name() == "sleep"]
 
 
-def start(tmp_path: Path, code: str = "import time; time.sleep(600)", name: str = "replica 0") -> tuple[Process, Entry]:
+def start(
+    tmp_path: Path, code: str = "import time; time.sleep(600)", name: str = "replica 0"
+) -> tuple[Process, RunningGroup]:
     process = Process.start([sys.executable, "-c", code], name=name, log=tmp_path / "log")
     wait_for(lambda: any(e.command.pid == process.pid for e in running()), 120, "the entry")
     (entry,) = (e for e in running() if e.command.pid == process.pid)

@@ -24,7 +24,7 @@ from harness.plan.file import Windows
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import PlanSpec
 from harness.trace import spool
-from harness.trace.edit import Sample, anonymize, sample
+from harness.trace.edit import Selection, anonymize, sample
 from harness.trace.io import open_trace
 from harness.trace.prefix import Turns
 from harness.trace.shape import measure
@@ -202,8 +202,8 @@ def test_no_verb_holds_all_sessions(monkeypatch, tmp_path, verb):
         read = open_trace(trace)
         records = {
             "anonymize": lambda: anonymize(read, salt=bytes(16), tokenizer=None),
-            "window": lambda: sample(read, Sample(window_s=(0.0, 1e6))),
-            "limit": lambda: sample(read, Sample(limit=100)),
+            "window": lambda: sample(read, Selection(window_s=(0.0, 1e6))),
+            "limit": lambda: sample(read, Selection(limit=100)),
         }[verb]()
         tracemalloc.start()
         try:

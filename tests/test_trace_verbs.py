@@ -26,7 +26,7 @@ from harness.cli.trace import trace as verbs
 from harness.errors import HarnessError, TraceError, UsageError
 from harness.plan.tokenizers import load_tokenizer
 from harness.trace import prefix as prefix_module
-from harness.trace.edit import Sample, anonymize, count_tokens, sample, write_trace
+from harness.trace.edit import Selection, anonymize, count_tokens, sample, write_trace
 from harness.trace.io import TraceRecord, open_trace
 from harness.trace.shape import described, measure
 from harness.trace.synth import parse_arrivals, parse_lengths, read_servegen, synthesize
@@ -352,7 +352,13 @@ def split(records: list[TraceRecord], whole: list[TraceRecord]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "how", [Sample(window_s=(20, 60)), Sample(limit=37), Sample(thin=0.3), Sample(window_s=(0, 90), thin=0.5, limit=20)]
+    "how",
+    [
+        Selection(window_s=(20, 60)),
+        Selection(limit=37),
+        Selection(thin=0.3),
+        Selection(window_s=(0, 90), thin=0.5, limit=20),
+    ],
 )
 def test_sessions_stay_whole(tmp_path, how):
     trace = trace_of(tmp_path, chatty(120))
@@ -372,19 +378,19 @@ def test_a_window_takes_what_begins_in_it(tmp_path):
     for record in trace:
         first.setdefault(record.session_id, record.arrival_s)
     want = [r for r in trace if 20 <= (r.arrival_s if r.session_id is None else first[r.session_id]) < 60]
-    assert list(sample(trace, Sample(window_s=(20, 60)))) == want
-    cut = list(sample(trace, Sample(window_s=(20, 60), cut_sessions=True)))
+    assert list(sample(trace, Selection(window_s=(20, 60)))) == want
+    cut = list(sample(trace, Selection(window_s=(20, 60), cut_sessions=True)))
     assert [r.arrival_s for r in cut] == [float(t) for t in range(20, 60)]
-    assert len(list(sample(trace, Sample(limit=10, cut_sessions=True)))) == 10
+    assert len(list(sample(trace, Selection(limit=10, cut_sessions=True)))) == 10
 
 
 def test_thinning_keeps_its_share_and_its_choice(tmp_path):
     trace = trace_of(tmp_path, [{"arrival_s": i / 10, "input_tokens": 5} for i in range(20_000)])
-    kept = [r.line for r in sample(trace, Sample(thin=0.1, seed=7))]
+    kept = [r.line for r in sample(trace, Selection(thin=0.1, seed=7))]
     assert len(kept) == pytest.approx(2000, abs=5 * math.sqrt(1800))
-    assert kept == [r.line for r in sample(trace, Sample(thin=0.1, seed=7))]
-    assert kept != [r.line for r in sample(trace, Sample(thin=0.1, seed=8))]
-    assert set(kept) < {r.line for r in sample(trace, Sample(thin=0.2, seed=7))}, "thinner is a part of thicker"
+    assert kept == [r.line for r in sample(trace, Selection(thin=0.1, seed=7))]
+    assert kept != [r.line for r in sample(trace, Selection(thin=0.1, seed=8))]
+    assert set(kept) < {r.line for r in sample(trace, Selection(thin=0.2, seed=7))}, "thinner is a part of thicker"
     thirds = Counter((line - 1) * 3 // 20_000 for line in kept)
     assert all(count == pytest.approx(667, abs=130) for count in thirds.values()), "evenly over time"
 
@@ -411,7 +417,7 @@ def test_sample_refusals(tmp_path):
     assert not out.exists()
     long = trace_of(tmp_path, [{"input_tokens": 1, "session_id": "s"} for _ in range(3)])
     with pytest.raises(TraceError, match="first session has 3 requests"):
-        list(sample(long, Sample(limit=2)))
+        list(sample(long, Selection(limit=2)))
 
 
 # --- synth -----------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from harness.analysis.summary import summarise
 from harness.plan.tokenizers import _FastTokenizer as FastTokenizer
 from harness.record.answers import Said, count_answers, count_prompts, take_said, write_said
 from harness.record.manifest import RunDir, read_manifest, write_manifest
-from harness.scenarios.client.completion import Answer
-from harness.scenarios.client.in_flight import Sampler
+from harness.scenarios.client.completion import StreamedAnswer
+from harness.scenarios.client.in_flight import AnswerSampler
 
 WORDS = ["load", " of", " the", " server", ",", " answers", ".", "\n", " 7", " un", "known", " It", "'s"]
 ANSWERS = 40
@@ -248,11 +248,11 @@ def test_an_answer_keeps_its_chunks_apart():
 
 
 def test_the_sample_is_spread_over_the_run_and_bounded():
-    sampler = Sampler(8)
+    sampler = AnswerSampler(8)
     for k in range(1000):
         wanted = sampler.next()
         if wanted is not None:
-            answer = Answer()
+            answer = StreamedAnswer()
             answer.parts.append(str(k))
             wanted(good(k), answer)
     kept = [one.request_id for one in sampler.said()]
@@ -262,8 +262,8 @@ def test_the_sample_is_spread_over_the_run_and_bounded():
 
 
 def test_failed_answers_are_not_in_the_sample():
-    sampler = Sampler(8)
-    sampler.next()(replace(good(0), error="cut"), Answer())
+    sampler = AnswerSampler(8)
+    sampler.next()(replace(good(0), error="cut"), StreamedAnswer())
     assert sampler.said() == []
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from harness.analysis.arrays import Floats
 from harness.analysis.capacity.backlog import Curve, Demand, Worked, curve_of
 from harness.analysis.capacity.crossing import FEWEST_PROBES, PROMPT_WEIGHTS, SHORTEST_S, Crossing, Evidence, crossing
-from harness.analysis.capacity.sweep import GAIN, Point
+from harness.analysis.capacity.sweep import GAIN, LoadPoint
 from harness.analysis.stats.autocorrelation import student_t
 from harness.slo import Criterion
 
@@ -59,7 +59,7 @@ class Probe:
     rate: float | None
     """Open loop, req/s; None: closed."""
     concurrency: int | None
-    point: Point | None
+    point: LoadPoint | None
     """None: the run was INVALID or failed. A lost probe has none either, but evidence that it was unstable."""
     used: float = math.nan
     """Share of the tightest limit that the wanted share of requests used; above 1 the SLO is missed."""
@@ -252,7 +252,7 @@ def _saturated(probe: Probe) -> bool:
     return probe.concurrency is not None or (probe.evidence is not None and probe.evidence.unstable)
 
 
-def keeps(point: Point, criteria: Sequence[Criterion]) -> bool:
+def keeps(point: LoadPoint, criteria: Sequence[Criterion]) -> bool:
     """Whether the point itself keeps every criterion; one whose backlog only grew keeps none."""
     if point.unstable:
         return False

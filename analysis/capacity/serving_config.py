@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from harness.analysis.capacity.search_answer import Answer, kept_answer
-from harness.analysis.capacity.sweep import Capacity, Point, capacity, little, merged, pool, saturation
+from harness.analysis.capacity.sweep import Capacity, LoadPoint, capacity, little, merged, pool, saturation
 from harness.analysis.capacity.system import (
     System,
     describe,
@@ -145,7 +145,7 @@ def _left_out(s: Summary) -> str | None:
     return None if has_load(s) else "without a rate of their load"
 
 
-def point_of(s: Summary) -> Point:
+def point_of(s: Summary) -> LoadPoint:
     """One VALID run as a point: its load, what it kept, its rates and latencies."""
     rates: dict[str, Quantity] = {name: getattr(s.sampled, name) for name in RATES}
     rates["sent_rate"] = s.offered.sent_rate
@@ -154,10 +154,10 @@ def point_of(s: Summary) -> Point:
         rates |= {f"{metric}_{name}_s": getattr(found, name) for name in ("mean", "p50", "p99")}
     kept = tuple(one.attainment for one in s.slo.criteria) if s.slo is not None else ()
     unstable = any(check.name == "backlog" and check.ok is False for check in s.checks)
-    return Point(load=offered(s), kept=kept, rates=rates, runs=(s.run,), unstable=unstable)
+    return LoadPoint(load=offered(s), kept=kept, rates=rates, runs=(s.run,), unstable=unstable)
 
 
-def _points(runs: Sequence[Summary]) -> list[Point]:
+def _points(runs: Sequence[Summary]) -> list[LoadPoint]:
     """A point for each load. Repeats of one plan are one point first: what they share is as uncertain as in one run, so
     to `pool`, which takes points for independent, they must not look like several.
     """
@@ -199,7 +199,7 @@ def _system(
     )  # fmt: skip
 
 
-def _saturated_from(kind: LoadKind, points: Sequence[Point]) -> float | None:
+def _saturated_from(kind: LoadKind, points: Sequence[LoadPoint]) -> float | None:
     """The lowest load that the servers did not follow. Sessions that wait ask for their planned requests/s: what they
     really send follows the server, and would always look followed.
     """
@@ -239,7 +239,7 @@ def _cost(s: Summary, found: Capacity | None, name: str) -> Quantity:
     return cost_at(s, Quantity(value=None, n=0, unit="tokens/s", evidence=s.evidence, note=why))
 
 
-def _floor(s: Summary, points: Sequence[Point]) -> Floor | None:
+def _floor(s: Summary, points: Sequence[LoadPoint]) -> Floor | None:
     point = max(points, key=lambda p: p.rates["total_token_throughput"].value or 0.0)
     rate = point.rates["total_token_throughput"]
     if not rate.value:
@@ -249,7 +249,7 @@ def _floor(s: Summary, points: Sequence[Point]) -> Floor | None:
     return Floor(load=point.load, total_token_throughput=rate, usd_per_1m_total=cost_at(s, rate))
 
 
-def _interactivity(s: Summary, points: Sequence[Point]) -> tuple[Interactive, ...]:
+def _interactivity(s: Summary, points: Sequence[LoadPoint]) -> tuple[Interactive, ...]:
     found = []
     for p in points:
         tpot = p.rates["tpot_p50_s"]
@@ -274,7 +274,7 @@ def drain_words(loads: Sequence[float], unit: str) -> str:
 
 
 def _notes(
-    runs: Sequence[Summary], points: Sequence[Point], found: Capacity | None, ratios: Mapping[str, float],
+    runs: Sequence[Summary], points: Sequence[LoadPoint], found: Capacity | None, ratios: Mapping[str, float],
     drained: Sequence[float], left_out: Sequence[str],
 ) -> Iterator[str]:  # fmt: skip
     kind = runs[0].offered.kind

@@ -1,6 +1,6 @@
 """Capacity: the highest load at which the SLO is met, and what limits a system beyond it. Nothing is extrapolated.
 
-A `Point` is one load of one system (tier, model, engine arguments), repeats pooled, from VALID runs only. Loads are
+A `LoadPoint` is one load of one system (tier, model, engine arguments), repeats pooled, from VALID runs only. Loads are
 requests/s (open loop) or requests in flight (closed loop); one system is judged in one of the two.
 """
 
@@ -32,7 +32,7 @@ NO_INTERVAL = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class LoadPoint:
     """One load, its repeats pooled."""
 
     load: float
@@ -66,7 +66,7 @@ class Capacity:
     """Each rate at that load, interpolated; its interval spans that of the load, and has no end where that has none."""
 
 
-def pool(points: Iterable[Point]) -> list[Point]:
+def pool(points: Iterable[LoadPoint]) -> list[LoadPoint]:
     """Points by load, lowest first, those of equal load as one: means weighted by samples.
 
     The interval of a pooled figure is the wider of what the repeats' own intervals say together and what the repeats
@@ -76,7 +76,7 @@ def pool(points: Iterable[Point]) -> list[Point]:
     return [merged(by_load[load]) for load in sorted(by_load)]
 
 
-def merged(same: Sequence[Point], plans: Sequence[Hashable] | None = None) -> Point:
+def merged(same: Sequence[LoadPoint], plans: Sequence[Hashable] | None = None) -> LoadPoint:
     """Points of one load as one; ``plans``: what each was asked (`over_replicates`)."""
 
     def mean(quantities: Sequence[Quantity], most: float = math.inf) -> Quantity:
@@ -84,7 +84,7 @@ def merged(same: Sequence[Point], plans: Sequence[Hashable] | None = None) -> Po
         return found if found.high is None else replace(found, high=min(most, found.high))
 
     names = [name for name in same[0].rates if all(name in point.rates for point in same)]
-    return Point(
+    return LoadPoint(
         load=same[0].load,
         kept=tuple(mean(shares, 1.0) for shares in zip(*(p.kept for p in same), strict=True)),
         rates={name: mean([p.rates[name] for p in same]) for name in names},
@@ -93,7 +93,7 @@ def merged(same: Sequence[Point], plans: Sequence[Hashable] | None = None) -> Po
     )
 
 
-def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str = "req/s") -> Capacity:
+def capacity(points: Sequence[LoadPoint], criteria: Sequence[Criterion], unit: str = "req/s") -> Capacity:
     """The highest load at which every criterion is kept, from pooled points in order of load (`pool`).
 
     More load never helps to meet an SLO, so the shares are first made to fall with the load (weighted isotonic
@@ -136,7 +136,7 @@ def capacity(points: Sequence[Point], criteria: Sequence[Criterion], unit: str =
     return Capacity(state="found", load=load, limit=criteria[first], rates=_rates_at(points, loads, load, draws))
 
 
-def saturation(points: Sequence[Point], *, closed: bool) -> float | None:
+def saturation(points: Sequence[LoadPoint], *, closed: bool) -> float | None:
     """The lowest load at which the server no longer follows; None when it followed to the end.
 
     Open loop: it finishes less than `FOLLOWS` of the offered rate, beyond the interval's doubt. Closed loop: from there
@@ -157,7 +157,7 @@ def saturation(points: Sequence[Point], *, closed: bool) -> float | None:
     return None
 
 
-def little(point: Point, e2e_s: float | None) -> float | None:
+def little(point: LoadPoint, e2e_s: float | None) -> float | None:
     """Requests in flight over throughput x mean e2e latency: 1 when the figures of a point agree with each other.
 
     None when one of them is not known. Source: Little, Operations Research 9(3), 1961.
@@ -180,7 +180,7 @@ def falling(values: Floats, weights: Floats) -> Floats:
     return fitted
 
 
-def _weights(points: Sequence[Point], k: int) -> Floats:
+def _weights(points: Sequence[LoadPoint], k: int) -> Floats:
     return np.array([max(1, point.kept[k].n) for point in points], dtype=np.float64)
 
 
@@ -199,7 +199,7 @@ def _crossing(loads: Floats, shares: Floats, weights: Floats, wanted: float, pla
     return np.where(kept == 0, -np.inf, np.where(kept == len(loads), np.inf, found))
 
 
-def _draws(loads: Floats, points: Sequence[Point], criteria: Sequence[Criterion]) -> Floats:
+def _draws(loads: Floats, points: Sequence[LoadPoint], criteria: Sequence[Criterion]) -> Floats:
     """What capacity could have been: `DRAWS` loads, -inf below and inf above all that was measured.
 
     Nothing was measured between the two loads around a crossing, so each place between them is taken as equally likely.
@@ -243,7 +243,7 @@ def _unproven(low: float | None, high: float | None) -> str | None:
     return f"may lie {' or '.join(ends)} the measured loads: more requests or loads there narrow it" if ends else None
 
 
-def _rates_at(points: Sequence[Point], loads: Floats, at: Quantity, draws: Floats) -> dict[str, Quantity]:
+def _rates_at(points: Sequence[LoadPoint], loads: Floats, at: Quantity, draws: Floats) -> dict[str, Quantity]:
     """Each rate at a load between the measured ones."""
     rng, inside, found = np.random.default_rng(1), np.clip(draws, loads[0], loads[-1]), {}
     below = np.clip(np.searchsorted(loads, inside, side="right") - 1, 0, max(0, len(loads) - 2))

@@ -19,7 +19,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class ServedRequests:
     """Successful requests as every tool sees them; seconds, one entry per request."""
 
     ttft: Floats
@@ -49,7 +49,7 @@ Values = dict[str, Floats | tuple[Floats, Floats]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class MetricFigures:
     """One metric as that tool would print it; None without a single value."""
 
     n: int
@@ -57,7 +57,7 @@ class Figures:
     percentiles: dict[int, float | None]
 
 
-def variant(name: str, rows: Rows, gaps_s: Floats | None = None) -> dict[str, Figures]:
+def variant(name: str, rows: Rows, gaps_s: Floats | None = None) -> dict[str, MetricFigures]:
     """All metrics of one tool over these rows; s, except rates. Raises `UsageError` for a tool that is not known.
 
     ``gaps_s``: between the chunks of successes, first chunks left out; without, metrics of single chunks are left out.
@@ -70,14 +70,14 @@ def variant(name: str, rows: Rows, gaps_s: Floats | None = None) -> dict[str, Fi
     sent, ended = rows.sent_s[ok], rows.finished_s[ok]
     ttft = np.where(rows.chunks[ok] > 0, rows.first_gap_s[ok], np.nan)
     last = ttft + np.nan_to_num(rows.decode_s[ok])
-    served = Served(
+    served = ServedRequests(
         ttft=ttft, last=last, ended=ended - sent, n_in=rows.input_tokens[ok], n_out=rows.output_tokens[ok], gaps=gaps_s,
         until_all_ended=_span(rows.sent_s[went], rows.finished_s[went]), until_last_chunk=_span(sent, sent + last),
     )  # fmt: skip
     return {metric: _figures(found, percentile) for metric, found in metrics(served).items()}
 
 
-def variant_of(name: str, run: Run) -> dict[str, Figures]:
+def variant_of(name: str, run: Run) -> dict[str, MetricFigures]:
     """`variant` of a run directory that was read, with the gaps of its chunks: 32 bytes of memory a chunk."""
     rows = run.whole()
     later = np.repeat(rows.success, rows.chunks)
@@ -89,14 +89,14 @@ def _span(begin: Floats, end: Floats) -> float:
     return float(np.nanmax(end) - begin.min()) if np.isfinite(end).any() else 0.0
 
 
-def _figures(found: Floats | tuple[Floats, Floats], percentile: Percentile) -> Figures:
+def _figures(found: Floats | tuple[Floats, Floats], percentile: Percentile) -> MetricFigures:
     values, weights = found if isinstance(found, tuple) else (found, None)
     known = np.isfinite(values)
     values = values[known]
     weights = None if weights is None else np.nan_to_num(weights[known])
     if not len(values) or (weights is not None and weights.sum() <= 0):
-        return Figures(n=0, mean=None, percentiles=dict.fromkeys(PERCENTILES))
-    return Figures(
+        return MetricFigures(n=0, mean=None, percentiles=dict.fromkeys(PERCENTILES))
+    return MetricFigures(
         n=len(values),
         mean=float(np.average(values, weights=weights)),
         percentiles={p: float(percentile(values, weights, p / 100)) for p in PERCENTILES},
@@ -115,23 +115,23 @@ def by_weight(values: Floats, weights: Floats | None, p: float) -> float:
     return float(values[order][min(len(values) - 1, int(np.searchsorted(running / running[-1], p)))])
 
 
-def _rates(s: Served, window_s: float, *names: str) -> Values:
+def _rates(s: ServedRequests, window_s: float, *names: str) -> Values:
     """Successes, output tokens, input + output tokens per second of a window, ramp and drain included."""
     out = float(np.nansum(s.n_out))
     amounts = (len(s.ttft), out, out + float(np.nansum(s.n_in))) if len(s.ttft) and window_s > 0 else ()
     return {name: np.array([amount / window_s for amount in amounts[k : k + 1]]) for k, name in enumerate(names)}
 
 
-def _gaps(s: Served, name: str) -> Values:
+def _gaps(s: ServedRequests, name: str) -> Values:
     return {} if s.gaps is None else {name: s.gaps}
 
 
-def _vllm_bench(s: Served) -> Values:
+def _vllm_bench(s: ServedRequests) -> Values:
     rates = ("request_throughput", "output_throughput", "total_token_throughput")
     return {"ttft": s.ttft, "tpot": s.itl, **_gaps(s, "itl"), "e2el": s.last, **_rates(s, s.until_all_ended, *rates)}
 
 
-def _guidellm(s: Served) -> Values:
+def _guidellm(s: ServedRequests) -> Values:
     n = np.nan_to_num(s.n_out)
     return {
         "time_to_first_token": np.nan_to_num(s.ttft),
@@ -141,7 +141,7 @@ def _guidellm(s: Served) -> Values:
     }
 
 
-def _aiperf(s: Served) -> Values:
+def _aiperf(s: ServedRequests) -> Values:
     return {
         "time_to_first_token": s.ttft,
         "inter_token_latency": s.itl,
@@ -151,7 +151,7 @@ def _aiperf(s: Served) -> Values:
     }
 
 
-VARIANTS: Mapping[str, tuple[Percentile, Callable[[Served], Values]]] = {
+VARIANTS: Mapping[str, tuple[Percentile, Callable[[ServedRequests], Values]]] = {
     "vllm-bench": (linear, _vllm_bench), "guidellm": (by_weight, _guidellm), "aiperf": (linear, _aiperf),
 }  # fmt: skip
 """Tool -> how it takes a percentile, and its metrics."""

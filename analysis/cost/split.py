@@ -18,7 +18,7 @@ from harness.analysis.arrays import Floats
 from harness.analysis.metrics import Window
 from harness.analysis.rows.read import Run
 from harness.analysis.stats.intervals import Evidence, Quantity, at_list_price
-from harness.analysis.stats.nonnegative import Fit, fit_non_negative
+from harness.analysis.stats.nonnegative import NonNegativeFit, fit_non_negative
 from harness.analysis.validity.counters import shared_addresses
 
 NANO = 10**9
@@ -213,7 +213,7 @@ def by_fit(usd: float, usage: TokenMix, rows: Samples, *, evidence: Evidence, bl
     return _with_intervals(split, usd, usage, fit, dict(zip(columns, fit.draws.T, strict=True)))
 
 
-def _trouble(fit: Fit, facts: Mapping[str, float]) -> str | None:
+def _trouble(fit: NonNegativeFit, facts: Mapping[str, float]) -> str | None:
     if not fit.condition <= LARGEST_CONDITION:
         return f"the mix hardly varies (condition number {fit.condition:.0f}, at most {LARGEST_CONDITION:.0f})"
     if fit.residual > LARGEST_RESIDUAL:
@@ -231,7 +231,9 @@ def _trouble(fit: Fit, facts: Mapping[str, float]) -> str | None:
     return None
 
 
-def _with_intervals(split: Split, usd: float, usage: TokenMix, fit: Fit, draws: Mapping[str, Floats]) -> Split:
+def _with_intervals(
+    split: Split, usd: float, usage: TokenMix, fit: NonNegativeFit, draws: Mapping[str, Floats]
+) -> Split:
     """Price intervals: the same division by each resample's own coefficients."""
     apart = "cached_input" in draws
     cached = draws["cached_input"] * (usage.cached_input or 0.0) if apart else 0.0

@@ -58,7 +58,7 @@ class ApiComparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class PriceOffer:
     """One line of a price list: prices after a discount, and the gross margin left at the stated utilisation."""
 
     name: str
@@ -102,7 +102,7 @@ class RateCard(System):
     """Cost at the highest throughput of any VALID run: it meets no SLO. Unless that load saturated the servers, a
     higher one may cost less."""
     floor_load: float | None
-    offers: tuple[Offer, ...] = ()
+    offers: tuple[PriceOffer, ...] = ()
     """Standard first, then volume tiers, then batch."""
     fleet_usd_per_month: float | None = None
     capacity_tokens_per_month: float | None = None
@@ -219,7 +219,7 @@ def _notes(found: OperatingPoint, structure: TokenWeights, basis: PriceBasis | N
     return said + sorted({s.cost.note for s in runs if s.cost.note and found.kept is False})
 
 
-def _offers(cost_full: UnitPrices, terms: Terms) -> tuple[Offer, ...]:
+def _offers(cost_full: UnitPrices, terms: Terms) -> tuple[PriceOffer, ...]:
     listed = [("standard", 0.0, 0.0)]
     listed += [
         (f"beyond {v.from_tokens:,.0f} tokens a month", v.from_tokens, v.discount) for v in terms.volume if v.discount
@@ -227,7 +227,7 @@ def _offers(cost_full: UnitPrices, terms: Terms) -> tuple[Offer, ...]:
     listed += [] if terms.batch_discount is None else [("batch", 0.0, terms.batch_discount)]
     factor = 1 / terms.utilisation / (1 - terms.margin)
     return tuple(
-        Offer(
+        PriceOffer(
             name=name, from_tokens=from_tokens, discount=discount, prices=cost_full.times(factor * (1 - discount)),
             margin=1 - (1 - terms.margin) / (1 - discount),
             break_even_utilisation=terms.utilisation * (1 - terms.margin) / (1 - discount),

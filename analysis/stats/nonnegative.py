@@ -17,7 +17,7 @@ from harness.analysis.stats.intervals import RESAMPLES, ends_of_resamples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
+class NonNegativeFit:
     """Coefficients >= 0 that bring ``columns @ coefficients`` closest to the response."""
 
     coefficients: Floats
@@ -36,7 +36,7 @@ class Fit:
         return ends_of_resamples(draws, value, self.blocks)
 
 
-def fit_non_negative(response: Floats, columns: Floats, *, block: int = 1, seed: int = 0) -> Fit:
+def fit_non_negative(response: Floats, columns: Floats, *, block: int = 1, seed: int = 0) -> NonNegativeFit:
     """Fit ``response`` (n) by ``columns`` (n, k), k <= 4; resample blocks of ``block`` neighbouring rows (circular)."""
     n, k = columns.shape
     length = np.linalg.norm(columns, axis=0)
@@ -54,7 +54,7 @@ def fit_non_negative(response: Floats, columns: Floats, *, block: int = 1, seed:
     left = response - columns @ coefficients
     size = math.sqrt(float((response**2).mean()))
     ends = [ends_of_resamples(draws[:, j], float(coefficients[j]), blocks) for j in range(k)]
-    return Fit(
+    return NonNegativeFit(
         coefficients=coefficients,
         draws=draws,
         spread=np.array(ends).T,

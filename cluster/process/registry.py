@@ -62,7 +62,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class RunningGroup:
     """One process group."""
 
     id: str
@@ -145,7 +145,7 @@ class Reservation:
 
 # -- the files ---------------------------------------------------------------------------------------------------------
 
-_Filed = TypeVar("_Filed", Entry, Reservation)
+_Filed = TypeVar("_Filed", RunningGroup, Reservation)
 
 
 def folder(kind: str = "processes") -> Path:
@@ -153,7 +153,7 @@ def folder(kind: str = "processes") -> Path:
     return state_dir() / kind
 
 
-def _write(kind: str, made: Entry | Reservation) -> str | None:
+def _write(kind: str, made: RunningGroup | Reservation) -> str | None:
     """The id. Null when it cannot be written: a full disk must not stop a run."""
     home = folder(kind)
     temporary = home / f".{made.id}"
@@ -229,7 +229,7 @@ def register(
     """Write an entry; its id, null when that cannot be done."""
     return _write(
         "processes",
-        Entry(
+        RunningGroup(
             id=secrets.token_hex(4), name=name, place=place(), host=socket.gethostname(), started=round(time.time(), 3),
             owner=identify(owner), guard=identify(guard), command=identify(command), mark=mark,
             argv=[word[:WORD_CHARS] for word in argv], run_dir=str(log.parent) if log else None,
@@ -242,12 +242,12 @@ def forget(entry_id: str | None) -> None:
     _remove("processes", entry_id)
 
 
-def running() -> list[Entry]:
+def running() -> list[RunningGroup]:
     """What runs on this host, oldest first. Entries of groups that have ended are taken away."""
-    return sorted(_living("processes", Entry), key=lambda entry: entry.started)
+    return sorted(_living("processes", RunningGroup), key=lambda entry: entry.started)
 
 
-def end(entry: Entry, grace_s: float = GRACE_S) -> bool:
+def end(entry: RunningGroup, grace_s: float = GRACE_S) -> bool:
     """End a group: SIGTERM, after the grace SIGKILL, and by its guard what else it started. True: nothing is left."""
     # The guard's turn comes last: it would give the grace that it was started with.
     guards = _guards(entry)
@@ -290,7 +290,7 @@ def work_folder() -> Path:
     return hidden.rename(hidden.with_name(hidden.name.removeprefix(".")))  # seen from now on, and locked
 
 
-def _guards(entry: Entry) -> set[int]:
+def _guards(entry: RunningGroup) -> set[int]:
     """Its guard and the guard's stand-in, which have its mark as well."""
     found = set()
     with contextlib.suppress(psutil.Error):
@@ -300,7 +300,7 @@ def _guards(entry: Entry) -> set[int]:
     return found
 
 
-def _send(entry: Entry, number: signal.Signals, spare: Collection[int] = ()) -> None:
+def _send(entry: RunningGroup, number: signal.Signals, spare: Collection[int] = ()) -> None:
     for process in entry.members():
         with contextlib.suppress(psutil.Error):
             if process.pid not in spare:

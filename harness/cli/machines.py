@@ -27,7 +27,7 @@ from harness.install import install_command
 from harness.option_types import DURATION
 
 if TYPE_CHECKING:
-    from harness.cluster.process.registry import Entry
+    from harness.cluster.process.registry import RunningGroup
 
 ORDER = ("load worker", "replica", "Ray")
 """Kinds in the order they are ended: what depends on another before it. Anything else comes first."""
@@ -297,13 +297,13 @@ def stop(ids: Sequence[str], everything: bool, grace_s: float) -> int:
 class _Running(NamedTuple):
     """One process group."""
 
-    entry: Entry
+    entry: RunningGroup
     orphan: bool
     holds: str | None
     """Processors and accelerators that no other run takes; null: none."""
 
 
-def _rank(entry: Entry) -> int:
+def _rank(entry: RunningGroup) -> int:
     return next((i + 1 for i, kind in enumerate(ORDER) if entry.name.startswith(kind)), 0)
 
 

@@ -27,11 +27,11 @@ from harness.plan.build import build_plan
 from harness.plan.file import NO_PROMPTS, PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import asked_plan
-from harness.record.manifest import Replica, RunDir, RunManifest, System, Tier, Worker, new_manifest, write_manifest
+from harness.record.manifest import Replica, RunDir, RunManifest, ServedBy, Tier, Worker, new_manifest, write_manifest
 from harness.record.run_spec import RunSpec
 from harness.record.simulated import (
     NOT_SERVED,
-    SampledServer,
+    ServerSamples,
     SimulatedRows,
     counters_at,
     write_rows,
@@ -113,7 +113,7 @@ def simulate_plan(
     steps = sum(map(len, found.step_end_s))
     end_s = max((float(ends[-1]) for ends in found.step_end_s if len(ends)), default=0.0)
     tell(f"simulated {end_s:,.0f} s of {subject.replicas} x {subject.tier.name}: {steps:,} steps in {took_s:.1f} s")
-    system = System(
+    system = ServedBy(
         engine=NAME, evidence="simulated", model=subject.model.name, tier=subject.tier, engine_version=VLLM,
         engine_args=limit_args(engine.limits), model_facts=_facts(subject),
     )  # fmt: skip
@@ -279,7 +279,7 @@ def _ids(prompts: pa.ChunkedArray) -> Sequence[npt.NDArray[np.int32]]:
 
 def _server(
     rows: SimulatedRows, replica: int, samples: Sequence[Sample], limits: Limits
-) -> tuple[SampledServer, dict[str, float | None]]:
+) -> tuple[ServerSamples, dict[str, float | None]]:
     """What a replica said of itself, and its counters at the end."""
     column = partial(np.fromiter, count=len(samples), dtype=np.float64)
     steps = column(one.steps for one in samples).astype(np.int64)
@@ -294,4 +294,4 @@ def _server(
     last: dict[str, float | None] = {
         f"vllm:{name}": float(counted[name][-1]) for name in ("prompt_tokens_total", "generation_tokens_total")
     }
-    return SampledServer(t_ns=t_ns, gauges=gauges), last
+    return ServerSamples(t_ns=t_ns, gauges=gauges), last

@@ -169,11 +169,11 @@ Examples:
 @takes(SampleOptions)
 def sample(trace: Files, output: Path, reading: ReadOptions, asked: SampleOptions) -> int:
     """Keep a window, N requests, or a thinner trace; sessions stay whole."""
-    from harness.trace.edit import Sample, check_output
+    from harness.trace.edit import Selection, check_output
     from harness.trace.edit import sample as choose
     from harness.trace.io import open_asked
 
-    how = Sample(
+    how = Selection(
         window_s=asked.window_s, limit=asked.limit, thin=asked.thin, cut_sessions=asked.cut_sessions, seed=asked.seed
     )
     check_output(output)

@@ -147,7 +147,7 @@ class Worker:
 
 
 @dataclass(slots=True, kw_only=True)
-class System:
+class ServedBy:
     """What answered the requests, as its engine says; servers need not exist to say it."""
 
     engine: str
@@ -163,7 +163,7 @@ class System:
 
 
 @dataclass(slots=True, kw_only=True)
-class RunManifest(System):
+class RunManifest(ServedBy):
     """What happened: enough to report again without asking anyone."""
 
     schema_version: str = SCHEMA_VERSION
@@ -204,12 +204,12 @@ class RunManifest(System):
 
 
 def new_manifest(
-    run_id: str, spec: RunSpec, plan: PlanInfo, plan_sha256: str, system: System, *, replicas: Sequence[Replica],
+    run_id: str, spec: RunSpec, plan: PlanInfo, plan_sha256: str, system: ServedBy, *, replicas: Sequence[Replica],
     label: str | None = None, restarts_before: Sequence[Restart] = (),
 ) -> RunManifest:  # fmt: skip
     """The manifest of a run before its first request, made on this machine now."""
     return RunManifest(
-        **{f.name: getattr(system, f.name) for f in fields(System)}, run_id=run_id, created=now_utc(), spec=spec,
+        **{f.name: getattr(system, f.name) for f in fields(ServedBy)}, run_id=run_id, created=now_utc(), spec=spec,
         plan=plan, plan_sha256=plan_sha256, label=label, replicas=list(replicas), host=describe_host(),
         restarts_before=list(restarts_before), versions=installed_versions(), git=git_commit(),
     )  # fmt: skip

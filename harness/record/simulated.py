@@ -132,7 +132,7 @@ def _column(values: object, kind: pa.DataType) -> pa.Array:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledServer:
+class ServerSamples:
     """What one replica said of itself, an entry a sample; columns of `harness.record.samples.GAUGES`."""
 
     t_ns: Ints
@@ -166,7 +166,7 @@ def counters_at(rows: SimulatedRows, replica: int, steps: Ints) -> dict[str, Flo
     return found
 
 
-def write_server_metrics(path: Path, server: SampledServer) -> None:
+def write_server_metrics(path: Path, server: ServerSamples) -> None:
     """The samples as `harness.record.samples.ServerMetrics` writes those of a real server. Raises OSError."""
     n = len(server.t_ns)
     columns: dict[str, pa.Array] = {"t_ns": pa.array(server.t_ns), "took_ns": pa.array(np.zeros(n, dtype=np.int64))}

@@ -42,7 +42,7 @@ Row = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class Selection:
     """What to keep. All that are given apply: the window first, then thinning, then the limit."""
 
     window_s: tuple[float, float] | None = None
@@ -57,7 +57,7 @@ class Sample:
     seed: int = 0
 
 
-def sample(trace: Trace, how: Sample) -> Iterator[TraceRecord]:
+def sample(trace: Trace, how: Selection) -> Iterator[TraceRecord]:
     """The records of ``trace`` that ``how`` keeps, in order.
 
     Raises `UsageError` for choices that make no sense, `TraceError` when a window is asked of a trace without times, or

@@ -20,10 +20,10 @@ import gevent
 from harness.errors import UsageError
 from harness.record.results import Result
 from harness.record.run_spec import BATCH_READS_FROM, RunSpec
-from harness.scenarios.client.completion import Answer
+from harness.scenarios.client.completion import StreamedAnswer
 from harness.scenarios.client.connection import Connection
 from harness.scenarios.client.endpoint import ENDPOINTS, Endpoint, tls_context
-from harness.scenarios.client.in_flight import InFlight, OnAnswer, ParseQueue, Sampler, parse
+from harness.scenarios.client.in_flight import AnswerSampler, InFlight, OnAnswer, ParseQueue, parse
 from harness.scenarios.client.pool import Pool
 from harness.scenarios.client.reader import Reader, ReadPacer, ReceiveBuffer
 from harness.server.access import check_headers
@@ -76,7 +76,7 @@ class Client:
         connect_timeout_s: float = 10.0,
         api_key: str | None = None,
         secret_headers: Mapping[str, str] | None = None,
-        sampler: Sampler | None = None,
+        sampler: AnswerSampler | None = None,
         capture: OnAnswer | None = None,
     ) -> None:
         if not spec.base_urls:
@@ -357,7 +357,7 @@ class Client:
 
 
 def _both(first: OnAnswer, second: OnAnswer | None) -> OnAnswer:
-    def call(result: Result, answer: Answer) -> None:
+    def call(result: Result, answer: StreamedAnswer) -> None:
         first(result, answer)
         if second is not None:
             second(result, answer)

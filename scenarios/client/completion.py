@@ -36,7 +36,7 @@ _UNSAID = -1
 _STATUS_ERRORS = {401: "auth", 403: "auth", 404: "not_found", 429: "overloaded", 503: "overloaded"}
 
 
-class Answer:
+class StreamedAnswer:
     """The text of one answer, event by event, and its token ids where the server sends them.
 
     Reasoning is kept apart: clients do not send it back.
@@ -89,7 +89,7 @@ class Completion:
         "odd", "several", "usage",
     )  # fmt: skip
 
-    def __init__(self, answer: Answer | None = None) -> None:
+    def __init__(self, answer: StreamedAnswer | None = None) -> None:
         self.answer = answer
         self.error: tuple[str, str] | None = None
         self.ended = False

@@ -11,7 +11,7 @@ import gevent.monkey
 from harness import __version__
 from harness.errors import UsageError
 from harness.record.run_spec import AUTHORIZATION
-from harness.scenarios.client.fast_path import Shape
+from harness.scenarios.client.fast_path import AnswerShape
 from harness.server.access import Access, check_key_header
 from harness.server.question import PORTS, split_url
 
@@ -53,7 +53,7 @@ class Endpoint:
         self.in_flight = 0
         self.waiting_ns: int | None = None
         """Since when requests have been waiting without a byte from it; null: none does."""
-        self.shape: Shape | None = None
+        self.shape: AnswerShape | None = None
         """What its answers look like, once one has shown it."""
         self.idle_s: float | None = None
         """How long it keeps an idle connection, as it said last."""

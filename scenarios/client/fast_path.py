@@ -5,7 +5,7 @@ at its text and checks with the decoder of `completion` that it is output and no
 bytes around the inside of a JSON string then needs no decoding. All others are parsed by the full parser.
 
 Answers of one server also begin alike, but for ids, times and headers that are not read. The beginning up to the first
-output and the templates of the events make up a `Shape`, by which the next answer is recognised.
+output and the templates of the events make up a `AnswerShape`, by which the next answer is recognised.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from harness.scenarios.client.completion import Answer, Completion
+from harness.scenarios.client.completion import Completion, StreamedAnswer
 from harness.scenarios.client.http1 import MEANS, USUAL, read_head
 from harness.scenarios.client.reader import Pattern
 
@@ -65,13 +65,13 @@ class Template:
 
 def _plain_text(event: bytes) -> bytes | None:
     """The text of an event that is output and nothing else; None for any other."""
-    probe = Completion(answer := Answer())
+    probe = Completion(answer := StreamedAnswer())
     probe.read_event(event, 0)
     return answer.text.encode() if probe.is_plain and not answer.logprobs else None
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class AnswerShape:
     """How answers of a server begin, up to the first output (empty: unknown), and the templates of their events."""
 
     opening: bytes
@@ -80,7 +80,7 @@ class Shape:
     """The same for the reader."""
 
     @classmethod
-    def of(cls, opening: bytes, templates: tuple[Template, ...]) -> Shape:
+    def of(cls, opening: bytes, templates: tuple[Template, ...]) -> AnswerShape:
         """The shape with this opening and these templates."""
         templates = templates[-_TEMPLATES:]
         head, blank, events = opening.partition(b"\r\n\r\n")
@@ -89,7 +89,7 @@ class Shape:
         return cls(opening, templates, Pattern(opening, loose, tuple((t.before, t.loose, t.after) for t in templates)))
 
     @classmethod
-    def learn(cls, seen: bytes, known: Shape | None) -> Shape:
+    def learn(cls, seen: bytes, known: AnswerShape | None) -> AnswerShape:
         """From the bytes of an answer up to its first output or beyond, and the known shape of others."""
         opening, template = _opening_of(seen)
         known = known or cls.of(b"", ())
@@ -98,11 +98,11 @@ class Shape:
             known = known if shape.opening == known.opening else shape
         return known.with_one(template)
 
-    def with_one(self, template: Template | None) -> Shape:
+    def with_one(self, template: Template | None) -> AnswerShape:
         """The same shape with the template added, if it is new."""
         if template is None or template in self.templates:
             return self
-        return Shape.of(self.opening, (*self.templates, template))
+        return AnswerShape.of(self.opening, (*self.templates, template))
 
 
 def _opening_of(seen: bytes) -> tuple[bytes, Template | None]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from harness.record.results import Result
-from harness.scenarios.client.completion import Answer, Completion, Secret, fill
+from harness.scenarios.client.completion import Completion, Secret, StreamedAnswer, fill
 from harness.scenarios.client.events import BOM, decode_texts, is_text
 
 MEANS = frozenset(["connection", "content-encoding", "content-length", "content-type", "location", "transfer-encoding"])
@@ -119,7 +119,7 @@ class Response:
         "_state", "_unsure", "done", "head", "keep_alive",
     )  # fmt: skip
 
-    def __init__(self, secret: Secret = None, answer: Answer | None = None) -> None:
+    def __init__(self, secret: Secret = None, answer: StreamedAnswer | None = None) -> None:
         self.done = self.keep_alive = False
         self.head = Head()
         self._secret = secret
@@ -136,7 +136,7 @@ class Response:
         self._sample = b""  # content of the last whole chunk
 
     @property
-    def answer(self) -> Answer | None:
+    def answer(self) -> StreamedAnswer | None:
         """The text so far; null unless it is collected."""
         return self._completion.answer
 

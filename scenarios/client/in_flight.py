@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 from harness.record.answers import SAMPLE, Said
 from harness.record.results import Result
-from harness.scenarios.client.completion import Answer, Secret, clean
+from harness.scenarios.client.completion import Secret, StreamedAnswer, clean
 from harness.scenarios.client.endpoint import Endpoint
-from harness.scenarios.client.fast_path import Shape, Template
+from harness.scenarios.client.fast_path import AnswerShape, Template
 from harness.scenarios.client.http1 import Response
 from harness.scenarios.client.reader import ReceiveBuffer
 
-OnAnswer = Callable[[Result, Answer], None]
+OnAnswer = Callable[[Result, StreamedAnswer], None]
 """Called with the row of a request that ended, and the text received until then."""
 _SEEN_LIMIT = 65536
 # An answer is too long beyond this. Gateways stream single characters, and with log-probabilities a token is kilobytes.
@@ -78,9 +78,9 @@ class InFlight:
 
     def begin(self, now_ns: int) -> None:
         """Forget what was received: the request is sent, perhaps again, at ``now_ns``."""
-        self.response = Response(self.secret, None if self.on_answer is None else Answer())
+        self.response = Response(self.secret, None if self.on_answer is None else StreamedAnswer())
         self.buffer = ReceiveBuffer()
-        self.shape: Shape | None = self.endpoint.shape  # by which the reader stores the answer
+        self.shape: AnswerShape | None = self.endpoint.shape  # by which the reader stores the answer
         self.seen: bytes | None = b""  # the answer as passed on, up to its first output: to learn the shape from
         self.tried_ns = self.last_ns = now_ns
         self.error: tuple[str, str] | None = None
@@ -141,14 +141,14 @@ class InFlight:
         if over and (rest := buffer.take_partial()):
             self.feed(rest, buffer.last_ns)
 
-    def learn(self) -> Shape:
+    def learn(self) -> AnswerShape:
         """Learn the shape of this server's answers from what has been parsed."""
         endpoint = self.endpoint
         if self.seen is not None:
-            self.shape = Shape.learn(self.seen, endpoint.shape)
+            self.shape = AnswerShape.learn(self.seen, endpoint.shape)
             self.seen = None
         else:
-            self.shape = (endpoint.shape or Shape.of(b"", ())).with_one(Template.learn(self.response.sample))
+            self.shape = (endpoint.shape or AnswerShape.of(b"", ())).with_one(Template.learn(self.response.sample))
         endpoint.shape = self.shape
         return self.shape
 
@@ -249,7 +249,7 @@ class ParseQueue:
         self._idle.close()
 
 
-class Sampler:
+class AnswerSampler:
     """Keeps the text of at most ``most`` answers, evenly spread however many there are, for `harness.record.answers`.
 
     Every answer at first, then every second one, every fourth, and so on.
@@ -265,7 +265,7 @@ class Sampler:
         self._seen += 1
         return None if n % self._stride else partial(self._take, n)
 
-    def _take(self, n: int, result: Result, answer: Answer) -> None:
+    def _take(self, n: int, result: Result, answer: StreamedAnswer) -> None:
         if result.error is not None or n % self._stride:
             return
         self._kept[n] = Said(

@@ -18,7 +18,7 @@ from harness.analysis.capacity.backlog import Demand
 from harness.analysis.capacity.crossing import Evidence
 from harness.analysis.capacity.probes import window_of, worked_between
 from harness.analysis.capacity.search import Estimate, Probe, Step, Worked, estimate, next_load, settling_s
-from harness.analysis.capacity.sweep import Point
+from harness.analysis.capacity.sweep import LoadPoint
 from harness.analysis.stats.intervals import Quantity
 from harness.analysis.steady import only_grew
 from harness.cli.runner.capacity import RUNG, WARMUP, WINDOWS, window_count
@@ -194,7 +194,7 @@ def probe(
         rate=step.rate, sent=demand_of(sent), measured=measured, kept=(kept[measured],), window=window[measured],
         unstable=unstable,
     )  # fmt: skip
-    point = Point(
+    point = LoadPoint(
         load=step.rate, kept=(quantity(share),), unstable=unstable,
         rates={"request_throughput": quantity(float(done.sum()) / PROBE_S)},
     )  # fmt: skip
@@ -218,7 +218,7 @@ def rung(
     done = (found.finished_s >= ramp_s) & (found.finished_s < seconds)
     kept = found.first_token_s[came] - found.due_s[came] <= limit_s
     rate = float(done.sum()) / (seconds - ramp_s)
-    point = Point(load=slots, kept=(quantity(float(kept.mean())),), rates={"request_throughput": quantity(rate)})
+    point = LoadPoint(load=slots, kept=(quantity(float(kept.mean())),), rates={"request_throughput": quantity(rate)})
     used = float(np.nanquantile((found.first_token_s - found.due_s)[came], P95.wanted)) / max(limit_s, 1e-9)
     worked = worked_of(sent, found, ramp_s, seconds)
     return Probe(rate=None, concurrency=slots, point=point, used=used, worked=worked), seconds

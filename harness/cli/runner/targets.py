@@ -22,7 +22,7 @@ from harness.record.manifest import (
     Restart,
     RunDir,
     RunManifest,
-    System,
+    ServedBy,
     Tier,
 )
 from harness.server import probe
@@ -64,7 +64,7 @@ def sample_here(run: RunDir, start_unix_ns: int) -> Iterator[None]:
 
 
 @dataclass(slots=True, kw_only=True)
-class Servers(System):
+class Servers(ServedBy):
     """Where the load goes, whoever started it; ``model`` is the name to send."""
 
     replicas: list[Replica]
