@@ -18,6 +18,7 @@ from harness.analysis.cost.cost import DEFAULT_RATIO, Cost, bill_usd, check_rati
 from harness.analysis.cost.split import Split, run_samples, split_bill, token_mix
 from harness.analysis.fidelity.inputs import Fidelity
 from harness.analysis.fidelity.questions import fidelity
+from harness.analysis.flat import Framed
 from harness.analysis.metrics import Counts, Tokens, Window
 from harness.analysis.rates import (
     Fullness,
@@ -45,7 +46,7 @@ from harness.analysis.validity.tokens import served_lengths
 from harness.errors import EXIT_INVALID, EXIT_NOT_DECIDED, EXIT_SLO_MISSED, EXIT_VALID, UsageError
 from harness.plan.file import PlanInfo
 from harness.record.host import Host
-from harness.record.manifest import Evidence, Replica, Tier
+from harness.record.manifest import Evidence, Replica, RunManifest, Tier
 from harness.record.results import ERRORS
 from harness.record.run_spec import RunSpec
 from harness.slo import check_slo
@@ -106,7 +107,7 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class Summary(Framed):
     """Everything a report says about one run; field names are the JSON keys."""
 
     schema: str
@@ -242,12 +243,7 @@ def summarise(
         model=manifest.model,
         label=manifest.label,
         engine=manifest.engine,
-        server=Server(
-            version=manifest.engine_version,
-            args=manifest.engine_args,
-            model_facts=manifest.model_facts,
-            replicas=manifest.replicas,
-        ),
+        server=_server(manifest),
         host=manifest.host,
         load=manifest.spec,
         plan=manifest.plan,
@@ -256,6 +252,10 @@ def summarise(
         git=manifest.git,
         assumptions=_assumptions(run, tokens, ratio),
     )
+
+
+def _server(m: RunManifest) -> Server:
+    return Server(version=m.engine_version, args=m.engine_args, model_facts=m.model_facts, replicas=m.replicas)
 
 
 def _steady_state(

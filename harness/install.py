@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
-import msgspec
+from harness.errors import HarnessError
 
 PACKAGE = "llm-harness"
 PUBLISHED = False
 """The package is on PyPI. Until it is, a message names what was installed from: a checkout, a wheel, a Git URL."""
 
 
-class _Folder(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class _Folder:
     editable: bool = False
 
 
-class _Repository(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class _Repository:
     vcs: str
     commit_id: str
 
 
-class _Origin(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class _Origin:
     """What pip writes of where a package came from. Source: PEP 610, ``direct_url.json``."""
 
     url: str
@@ -44,8 +50,21 @@ def install_command(extra: str = "") -> str:
     return f"pip install {shlex.quote(f'{wanted} @ {where}')}"
 
 
+def require(module: str, *, extra: str = "", package: str = "") -> ModuleType:
+    """An optional module. Raises `HarnessError` where it is missing, with the command that adds ``extra`` of this
+    package, or ``package`` itself.
+    """
+    try:
+        return import_module(module)
+    except ImportError as e:
+        how = f"pip install {package}" if package else install_command(extra)
+        raise HarnessError(f"{module.replace('.', '-')} is not installed ({e}): {how}") from e
+
+
 def _origin() -> _Origin | None:
     """Where pip says that the package came from; not installed: the folder that this file lies in; None: an index."""
+    import msgspec  # of which the help of a verb has no need
+
     try:
         told = distribution(PACKAGE).read_text("direct_url.json")
         return msgspec.json.decode(told, type=_Origin) if told else None

@@ -36,6 +36,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
         "report": Lazy("harness.cli.results:report", "Report on a run directory; compare several in a page."),
         "open": Lazy("harness.cli.results:open_", "Show a folder of runs in the browser."),
         "export": Lazy("harness.cli.results:export", "Write result rows as Parquet, CSV or JSON."),
+        "sql": Lazy("harness.cli.sql:sql", "Ask runs in SQL: requests, figures, what servers and workers saw."),
         "compare": Lazy(
             "harness.cli.results:compare",
             "A against B: paired intervals and a plain verdict; fails a CI job on request.",
