@@ -136,12 +136,12 @@ def test_no_permission_and_not_a_folder(tmp_path: Path, fake_server: StartServer
 
 
 def test_lists_are_for_scripts_too() -> None:
-    tiers = json.loads(harness("tiers", "--format", "json").stdout)
+    tiers = json.loads(harness("tiers", "--format", "json").stdout)["tiers"]
     assert {"name", "usd_per_hour", "source", "date", "region", "purchase"} <= set(tiers[0])
     assert all(t["source"] and t["date"] and t["usd_per_hour"] > 0 for t in tiers)
     eight = next(t for t in tiers if t["accelerator_count"] == 8)
     assert eight["usd_per_accelerator_hour"] == eight["usd_per_hour"] / 8
-    models = json.loads(harness("models", "--format", "json").stdout)
+    models = json.loads(harness("models", "--format", "json").stdout)["models"]
     assert "smollm2-135m" in {m["name"] for m in models}
     doctor = json.loads(harness("doctor", "--format", "json").stdout)
     assert {f["level"] for f in doctor["findings"]} <= {"ok", "limit", "missing"}

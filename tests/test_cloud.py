@@ -454,7 +454,7 @@ def test_up_status_down(aws: FakeAws, tmp_path: Path) -> None:
     state = json.loads((folder / "state.json").read_text())
     state["created"] = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     (folder / "state.json").write_text(json.dumps(state))
-    (row,) = json.loads(run("status", "--format", "json").stdout)
+    (row,) = json.loads(run("status", "--format", "json").stdout)["clusters"]
     assert (row["name"], row["running"], row["nodes"]) == ("test", 2, 2)
     assert row["usd_so_far"] == pytest.approx(2 * 0.4444 + 0.23184, abs=0.03)
     assert "test" in run("status").stdout
@@ -464,7 +464,7 @@ def test_up_status_down(aws: FakeAws, tmp_path: Path) -> None:
     assert "nothing is left (tag harness-cluster=test, region us-west-2, account 123456789012" in down.stderr
     assert "it cost at most 1.12 USD at 1.12 USD/h (prices read 2026-09-08 and" in down.stderr
     assert not folder.exists()
-    assert json.loads(run("status", "--format", "json").stdout) == []
+    assert json.loads(run("status", "--format", "json").stdout)["clusters"] == []
     assert isinstance(run("down").exception, UsageError)
 
 
@@ -521,7 +521,7 @@ def test_a_failed_ray_up_leaves_a_way_to_end_it(aws: FakeAws, monkeypatch: pytes
 def test_too_few_workers_show_in_the_status(aws: FakeAws) -> None:
     aws.RayUp = lambda request: (FakeAws.RayUp(aws, request), aws.machines.pop())[0]  # type: ignore[method-assign]
     assert run(*UP, "--yes").return_value == 0
-    (row,) = json.loads(run("status", "--format", "json").stdout)
+    (row,) = json.loads(run("status", "--format", "json").stdout)["clusters"]
     assert (row["running"], row["nodes"]) == (1, 2)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.golden.cases import CASES, EXPECTED, differences, expected, printed, unpacked
+from tests.schemas import check
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -17,7 +18,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_old_run_gives_the_same_figures(case: str) -> None:
-    assert [words for words, _ in differences(expected(case), printed(case))] == []
+    now = printed(case)
+    assert [words for words, _ in differences(expected(case), now)] == []
+    if now["printed"]:
+        check(now["printed"])
 
 
 def test_every_expected_file_has_its_case() -> None:

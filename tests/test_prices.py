@@ -574,10 +574,10 @@ def test_the_verb(aws: FakeAws, own_folder: Path) -> None:
     assert not own_folder.exists()
     done = harness(*arguments, "--format", "json")
     assert done.returncode == 0, done.stderr
-    [written] = json.loads(done.stdout)
+    [written] = json.loads(done.stdout)["changes"]
     assert written["after"]["usd_per_hour"] == 50.0
     assert written["change"] == pytest.approx(50 / 55.04 - 1)
-    listed = {tier["name"]: tier for tier in json.loads(harness("tiers", "--format", "json").stdout)}
+    listed = {tier["name"]: tier for tier in json.loads(harness("tiers", "--format", "json").stdout)["tiers"]}
     assert listed["aws-p5.48xlarge"]["usd_per_hour"] == 50.0
     assert listed["aws-p5.48xlarge"]["source"].startswith("AWS Price List API, published 2026-11-18")
     assert listed["aws-p5.48xlarge"]["old"] is False

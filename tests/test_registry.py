@@ -230,7 +230,7 @@ def test_ps_and_stop(tmp_path: Path) -> None:
     two, other = start(tmp_path, name="load worker 0")
     runner = CliRunner()
     listed = runner.invoke(verbs.ps, ["--format", "json"], standalone_mode=False)
-    rows = {row["id"]: row for row in json.loads(listed.stdout)}
+    rows = {row["id"]: row for row in json.loads(listed.stdout)["processes"]}
     assert rows[entry.id]["name"] == "replica 0"
     assert rows[entry.id]["orphan"] is False
     table = runner.invoke(verbs.ps, [], standalone_mode=False).stdout

@@ -171,7 +171,7 @@ def test_ps_shows_what_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         while process.pid is None:
             process.wait(0.05)
         process.wait(0.3)
-        (one,) = json.loads(harness("ps", "--format", "json").stdout)
+        (one,) = json.loads(harness("ps", "--format", "json").stdout)["processes"]
         assert (one["name"], one["holds"]) == ("replica 0", "cpus 0-1")
         assert "cpus 0-1" in harness("ps", COLUMNS="200").stdout
 

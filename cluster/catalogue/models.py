@@ -11,7 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -177,6 +177,24 @@ def model_config(model: Model) -> Config | None:
         config = text_config(_read_json(Path(model.path) / "config.json"))
         return config if is_transformer(config) else None
     return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedModel(Model):
+    """A model, and what follows from its entry; null where that is not known."""
+
+    weight_bytes: int | None
+    kv_bytes_per_token: int | None
+    config: Config | None
+
+
+def listed(model: Model) -> ListedModel:
+    """With its sizes and its architecture under config.json's keys."""
+    entry = {f.name: getattr(model, f.name) for f in fields(model)}
+    return ListedModel(
+        **entry, weight_bytes=model_weight_bytes(model), kv_bytes_per_token=model_kv_bytes_per_token(model),
+        config=model_config(model),
+    )  # fmt: skip
 
 
 def model_weight_bytes(model: Model) -> int | None:

@@ -9,7 +9,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +70,24 @@ def get_tier(name: str, file: Path | None = None) -> Tier:
 def usd_per_accelerator_hour(tier: Tier) -> float | None:
     """USD for an hour of one accelerator; None for a tier without any."""
     return tier.usd_per_hour / tier.accelerator_count if tier.accelerator_count else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedTier(Tier):
+    """A tier, and what its entry does not say itself."""
+
+    price_age_days: int
+    usd_per_accelerator_hour: float | None
+    old: bool
+
+
+def listed(tier: Tier) -> ListedTier:
+    """With its age, its price per accelerator, and all that a reader of the price must know in ``note``."""
+    entry = {f.name: getattr(tier, f.name) for f in fields(tier)} | {"note": full_note(tier)}
+    return ListedTier(
+        **entry, price_age_days=price_age_days(tier), usd_per_accelerator_hour=usd_per_accelerator_hour(tier),
+        old=price_note(tier) is not None,
+    )  # fmt: skip
 
 
 def price_age_days(tier: Tier, today: date | None = None) -> int:

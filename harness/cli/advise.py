@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from harness.cli.documents import Advice, AdvisedTier, NotAdvised
 from harness.cli.output import print_json, print_rows, say
 from harness.cli.verb import EXIT_STATUS, JSON_OPTION, TRACE_ARGUMENT, command, takes
 from harness.errors import EXIT_FAILURE, EXIT_VALID, UsageError
@@ -83,7 +84,7 @@ def advise(trace: tuple[Path, ...], format_: str, reading: ReadOptions, asked: A
     found, without = [], []
     for one in offers(models, tiers, demand, criteria(asked.slo, asked.attain), partial(_own, measured)):
         if isinstance(one, tuple):
-            without.append({"model": one[0].name, "tier": one[1].name, "why": one[2]})
+            without.append(NotAdvised(model=one[0].name, tier=one[1].name, why=one[2]))
         else:
             found.append(one)
     groups = ranked(found)
@@ -95,14 +96,15 @@ def advise(trace: tuple[Path, ...], format_: str, reading: ReadOptions, asked: A
     if sweep and asked.sweep:
         asked.sweep.write_text(sweep, encoding="utf-8")
     if format_ == "json":
-        print_json({
-            "evidence": "simulated", "offers": rows, "without": without, "sweep": sweep, "calibrations": measured,
-        })  # fmt: skip
+        print_json(Advice(offers=rows, without=without, sweep=sweep, calibrations=measured))
     else:
-        print_rows(rows, "rank model tier split requests_per_s usd_per_1m_output low high step_times note")
+        print_rows(
+            [asdict(row) for row in rows],
+            "rank model tier split requests_per_s usd_per_1m_output low high step_times note",
+        )
         print("Simulated, not measured. Equal ranks are tied; without a rank: at least so many USD.")
         for line in without:
-            print(f"  not {line['model']} on {line['tier']}: {line['why']}")
+            print(f"  not {line.model} on {line.tier}: {line.why}")
         if sweep:
             print(f"Measure these two ({asked.sweep or '--sweep FILE writes it'}):\n\n{sweep}")
             print("With loads = { concurrency = [1, 8] } 'harness calibrate-model' then fits what their steps take.")
@@ -126,18 +128,17 @@ def _own(measured: Sequence[ModelCalibration], model: Model, tier: Tier, parts: 
     return None
 
 
-def _row(offer: Offer, rank: str | None) -> dict[str, object]:
+def _row(offer: Offer, rank: str | None) -> AdvisedTier:
     engine, usd = offer.engine, offer.usd_per_1m_output
     notes = [engine.facts[key] for key in ("uncalibrated", "scaled", "not_kernels") if key in engine.facts]
     if offer.served < 1:
         notes.append(f"{1 - offer.served:.1%} of the requests do not fit into its context")
     split = f"{engine.tensor_parallel} x {offer.replicas}" if engine.tensor_parallel else None
-    return {
-        "rank": rank, "model": offer.model, "tier": offer.tier.name,
-        "split": split, "requests_per_s": offer.requests_per_s,
-        "usd_per_1m_output": usd, "low": usd * offer.error[0], "high": None if offer.is_bound else usd * offer.error[1],
-        "step_times": engine.source, "note": "; ".join(notes),
-    }  # fmt: skip
+    return AdvisedTier(
+        rank=rank, model=offer.model, tier=offer.tier.name, split=split, requests_per_s=offer.requests_per_s,
+        usd_per_1m_output=usd, low=usd * offer.error[0], high=None if offer.is_bound else usd * offer.error[1],
+        step_times=engine.source, note="; ".join(notes),
+    )  # fmt: skip
 
 
 def _sweep(two: Sequence[Offer], trace: Sequence[Path], asked: AdviseOptions) -> str:

@@ -168,7 +168,7 @@ def lint(trace: Files, default: str | None, run_code: bool, format_: str, asked:
     source = open_asked(trace, asked)
     found = held(_graded(source), Grader(sandbox=LinuxSandbox() if run_code else None), default)
     if format_ == "json":
-        print_json({**dataclasses.asdict(found), "sound": found.sound})
+        print_json({"schema": "harness.lint/1", **dataclasses.asdict(found), "sound": found.sound})
     else:
         _print(found)
     if not found.checked and not found.unusable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import ipaddress
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,25 +48,16 @@ def tiers(ctx: click.Context, format_: str) -> int:
         return EXIT_VALID
     import msgspec
 
-    from harness.cluster.catalogue.tiers import (
-        full_note,
-        list_tiers,
-        price_age_days,
-        price_note,
-        usd_per_accelerator_hour,
-    )
+    from harness.cli.documents import TierList
+    from harness.cluster.catalogue.tiers import full_note, list_tiers, listed
 
     known = list_tiers()
-    rows = [
-        {**msgspec.to_builtins(t), "note": full_note(t), "price_age_days": price_age_days(t),
-         "usd_per_accelerator_hour": usd_per_accelerator_hour(t), "old": price_note(t) is not None}
-        for t in known
-    ]  # fmt: skip
+    rows = [listed(tier) for tier in known]
     if format_ == "json":
-        print_json(rows)
+        print_json(TierList(tiers=rows))
         return EXIT_VALID
     hardware = "name accelerator accelerator_count vcpu memory_gib"
-    print_rows(rows, f"{hardware} usd_per_hour usd_per_accelerator_hour purchase region date old")
+    print_rows(msgspec.to_builtins(rows), f"{hardware} usd_per_hour usd_per_accelerator_hour purchase region date old")
     print("Price sources:")
     for t in known:
         note = full_note(t)
@@ -92,8 +83,7 @@ def refresh(format_: str, asked: RefreshOptions) -> int:
     credentials (environment, profile or role) that may call pricing:GetProducts and ec2:DescribeSpotPriceHistory.
     The shipped prices are never changed; without credentials or network nothing is.
     """
-    import msgspec
-
+    from harness.cli.documents import TierChange, TierChanges
     from harness.cluster.catalogue.prices import refresh
     from harness.cluster.catalogue.tiers import own_file, write_tiers
 
@@ -105,7 +95,9 @@ def refresh(format_: str, asked: RefreshOptions) -> int:
     if new and not asked.dry_run:
         write_tiers(file, new)
     if format_ == "json":
-        print_json([msgspec.to_builtins(c) | {"change": c.ratio} for c in changes])
+        print_json(TierChanges(changes=[
+            TierChange(name=c.name, before=c.before, after=c.after, problem=c.problem, change=c.ratio) for c in changes
+        ]))  # fmt: skip
     else:
         print_rows(
             [
@@ -135,6 +127,7 @@ def models(fetch: str | None, format_: str) -> int:
     """
     import msgspec
 
+    from harness.cli.documents import ModelList
     from harness.cluster.catalogue import models as catalogue
     from harness.cluster.catalogue.weights import ensure_weights
 
@@ -142,14 +135,11 @@ def models(fetch: str | None, format_: str) -> int:
         print(ensure_weights(catalogue.get_model(fetch), say=say))
         return EXIT_VALID
     known = catalogue.list_models()
-    rows = [
-        {**msgspec.to_builtins(m), "weight_bytes": catalogue.model_weight_bytes(m),
-         "kv_bytes_per_token": catalogue.model_kv_bytes_per_token(m), "config": catalogue.model_config(m)}
-        for m in known
-    ]  # fmt: skip
+    listed = [catalogue.listed(model) for model in known]
     if format_ == "json":
-        print_json(rows)
+        print_json(ModelList(models=listed))
         return EXIT_VALID
+    rows = msgspec.to_builtins(listed)
     for row in rows:
         for name, unit, key in (("GiB", 2**30, "weight_bytes"), ("KV_KiB/token", 1024, "kv_bytes_per_token"),
                                 ("parameters_(1e9)", 1e9, "parameters")):  # fmt: skip
@@ -267,21 +257,22 @@ def up(asked: RentOptions) -> int:
 @JSON_OPTION
 def status(name: str | None, format_: str) -> int:
     """Show the clusters that were rented from this machine: workers that run, dollars so far at most."""
+    from harness.cli.documents import ClusterList, RentedCluster
     from harness.cluster.deploy import rent
 
     now, rows = datetime.now(UTC), []
     for one in [rent.choose(name)] if name else rent.known_clusters():
         provider = _provider(one.tier.provider)
         rent.check_account(one, provider)
-        rows.append({
-            "name": one.name, "region": one.tier.region, "tier": one.tier.name, "nodes": one.nodes,
-            "running": provider.workers(one), "usd_so_far": round(one.usd(now), 2),
-            "usd_per_hour": round(one.usd_per_hour, 4), "ends": one.deadline.isoformat(), "price_date": one.tier.date,
-        })  # fmt: skip
+        rows.append(RentedCluster(
+            name=one.name, region=one.tier.region, tier=one.tier.name, nodes=one.nodes,
+            running=provider.workers(one), usd_so_far=round(one.usd(now), 2),
+            usd_per_hour=round(one.usd_per_hour, 4), ends=one.deadline.isoformat(), price_date=one.tier.date,
+        ))  # fmt: skip
     if format_ == "json":
-        print_json(rows)
+        print_json(ClusterList(clusters=rows))
     elif rows:
-        print_rows(rows, " ".join(rows[0]))
+        print_rows([asdict(row) for row in rows], " ".join(field.name for field in fields(RentedCluster)))
         say("dollars: as if all machines had run since they were asked for; disks, addresses and traffic come on top")
     else:
         say(f"no cluster was rented from this machine ({rent.folder()})")

@@ -10,10 +10,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -60,7 +60,7 @@ def doctor(format_: str) -> int:
         "start vLLM on this machine's GPU": local and level["vllm on the GPU"] != "missing",
     }
     if format_ == "json":
-        print_json({"findings": findings, "can": can})
+        print_json(Doctor(findings=findings, can=can))
     else:
         for f in findings:
             print(f"{f.level:7}  {f.name}: {f.found}" + (f"\n         -> {f.advice}" if f.advice else ""))
@@ -78,6 +78,15 @@ class Finding:
     level: Literal["ok", "limit", "missing"]
     found: str
     advice: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doctor:
+    """Of ``harness doctor``; ``can``: what this machine can do, in words, and whether it can."""
+
+    schema: Literal["harness.doctor/1"] = "harness.doctor/1"
+    findings: Sequence[Finding]
+    can: Mapping[str, bool]
 
 
 Looked = Iterator[tuple[str, str, str | None, str | None]]
@@ -191,7 +200,9 @@ def calibrate(format_: str) -> int:
     found = measure(say, hot_path=hot_path())
     path = write_calibration(cache_dir(), found)
     if format_ == "json":
-        print_json(found)
+        from harness.cli.documents import numbered
+
+        print_json(numbered("harness.calibration/1", found))
         return EXIT_VALID
 
     def ms(*seconds: float) -> str:
@@ -236,7 +247,14 @@ def ps(format_: str) -> int:
     with _cluster():
         found = _found()
     if format_ == "json":
-        print_json([asdict(one.entry) | {"orphan": one.orphan, "holds": one.holds} for one in found])
+        from harness.cli.documents import ProcessList, ProcessRow
+
+        print_json(ProcessList(processes=[
+            ProcessRow(
+                **{f.name: getattr(one.entry, f.name) for f in fields(one.entry)}, orphan=one.orphan, holds=one.holds
+            )
+            for one in found
+        ]))  # fmt: skip
         return EXIT_VALID
     if not found:
         say("nothing is running")

@@ -110,7 +110,9 @@ def plan(trace: tuple[Path, ...], output: Path, format_: str, asked: ReplayOptio
     with output_file(output) as path:
         info = make_plan(source, path, choose_target(asked, start=False), asked)
     if format_ == "json":
-        print_json(info)
+        from harness.cli.documents import numbered
+
+        print_json(numbered("harness.plan/2", info))
     else:
         print(as_url(output) if is_url(output) else output)
     return EXIT_VALID

@@ -109,10 +109,11 @@ def _report_variant(path: Path, name: str, format_: str) -> int:
     from harness.analysis.compare.variants import variant_of
     from harness.analysis.report.figures import figure
     from harness.analysis.rows.read import read_run
+    from harness.cli.documents import VariantReport
 
     found = variant_of(name, read_run(path))
     if format_ == "json":
-        print_json(found)
+        print_json(VariantReport(tool=name, metrics=found))
         return EXIT_VALID
     shares = next((list(f.percentiles) for f in found.values() if f.percentiles), [])
     print_table(
@@ -138,9 +139,10 @@ def write_page_of(runs: Sequence[Path], html: Path, **judge: Any) -> list[Summar
 
 
 def _report_several(paths: Sequence[Path], asked: RunsReport) -> int:
-    from harness.analysis.capacity.serving_config import SCHEMA, serving_configs
+    from harness.analysis.capacity.serving_config import serving_configs
     from harness.analysis.report.capacity_text import capacity_sections, sentence
     from harness.analysis.report.document import Section
+    from harness.cli.documents import RunsReport
     from harness.record.manifest import now_utc
 
     judge = {"slo": asked.slo, "attain": asked.attain, "min_requests": asked.min_requests}
@@ -154,8 +156,10 @@ def _report_several(paths: Sequence[Path], asked: RunsReport) -> int:
     sections += [
         Section(title=f"{verdict} and left out", notes=tuple(runs)) for verdict, runs in left_out.items() if runs
     ]
-    document = {"schema": SCHEMA, "made": now_utc(), "sentences": sentences, "systems": found,
-                "invalid": left_out["INVALID"], "too_small": left_out["TOO SMALL"]}  # fmt: skip
+    document = RunsReport(
+        made=now_utc(), sentences=sentences, systems=found, invalid=left_out["INVALID"],
+        too_small=left_out["TOO SMALL"],
+    )  # fmt: skip
     present(document, sections, asked.format_)
     return exit_of(found, summaries)
 

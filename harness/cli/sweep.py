@@ -7,12 +7,13 @@ import itertools
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from harness.cli.documents import PlannedPair, PlannedRun, SweepPlan, numbered
 from harness.cli.output import print_json, print_rows, say
 from harness.cli.replay import replay
 from harness.cli.select_runs import refused_exit
@@ -279,7 +280,7 @@ def _fit(model: Model, tier: Tier) -> Tier:
 def sum_up(folder: Path, state: SweepState, format_: str) -> int:
     """What became of every point, on stdout, and the exit code: 0 VALID, 3 some INVALID, 5 TOO SMALL, 1 not done."""
     if format_ == "json":
-        print_json(state)
+        print_json(numbered("harness.sweep/1", state))
     else:
         kind = "simulated, " if state.spec.options.get("engine") == "simulated" else ""
         rows = [
@@ -322,46 +323,49 @@ def show_plan(
     expected = expect(state.points, asked, found)
     todo = [point for point in state.points if point.state != "done"]
     rates = [usd_per_hour(pair, tier) if tier else None for pair, tier in zip(state.pairs, tiers, strict=True)]
-    systems = [{"model": pair.model, "tier": pair.tier, "replicas": pair.replicas} for pair in state.pairs]
 
     def usd(hours: float, k: int) -> float | None:
         rate = rates[k]
         return None if rate is None else hours * rate
 
     runs = [
-        {"name": point.name, **systems[point.pair], "request_rate": point.level.request_rate,
-         "concurrency": point.level.concurrency, "repeat": point.repeat, "seed": point.seed, "requests": guess.requests,
-         "hours": guess.seconds / 3600, "usd": usd(guess.seconds / 3600, point.pair), "assumed": guess.assumed}
+        PlannedRun(
+            name=point.name, model=(pair := state.pairs[point.pair]).model, tier=pair.tier, replicas=pair.replicas,
+            request_rate=point.level.request_rate, concurrency=point.level.concurrency, repeat=point.repeat,
+            seed=point.seed, requests=guess.requests, hours=guess.seconds / 3600,
+            usd=usd(guess.seconds / 3600, point.pair), assumed=guess.assumed,
+        )
         for point in todo
         if (guess := expected[point.name])
     ]  # fmt: skip
-    groups: list[dict[str, Any]] = []
+    groups: list[PlannedPair] = []
     for k, (pair, tier) in enumerate(zip(state.pairs, tiers, strict=True)):
         mine = [expected[point.name].seconds for point in todo if point.pair == k]
         starts = sum(turn == k for turn, _ in itertools.groupby(point.pair for point in todo))  # in turns: each time
         start_h = starts * start_s(pair, tier) / 3600
         hours = start_h + sum(mine) / 3600
-        groups.append({
-            **systems[k], "runs": len(mine), "start_up_hours": start_h, "hours": hours, "usd_per_hour": rates[k],
-            "usd": usd(hours, k), "price_date": tier.date if tier else None,
-            "price_source": tier.source if tier else None,
-        })  # fmt: skip
-    all_hours, all_usd = (sum(group[name] or 0.0 for group in groups) for name in ("hours", "usd"))
+        groups.append(PlannedPair(
+            model=pair.model, tier=pair.tier, replicas=pair.replicas, runs=len(mine), start_up_hours=start_h,
+            hours=hours, usd_per_hour=rates[k], usd=usd(hours, k), price_date=tier.date if tier else None,
+            price_source=tier.source if tier else None,
+        ))  # fmt: skip
+    all_hours, all_usd = sum(group.hours for group in groups), sum(group.usd or 0.0 for group in groups)
     spent_usd, spent_hours = state.spent(time.time())
     priced, spec = any(tiers), state.spec
     budgets = (("h", spec.budget_hours, all_hours + spent_hours),
                ("USD", spec.budget_usd, all_usd + spent_usd if priced else 0.0))  # fmt: skip
     if format_ == "json":
-        print_json({
-            "schema": "harness.sweep-plan/1", "name": state.name, "runs": runs, "pairs": groups, "hours": all_hours,
-            "usd": all_usd if priced else None, "spent_hours": spent_hours, "spent_usd": spent_usd if priced else None,
-            "budget_hours": spec.budget_hours, "budget_usd": spec.budget_usd,
-            "fits": all(budget is None or needed <= budget for _, budget, needed in budgets),
-        })  # fmt: skip
+        print_json(SweepPlan(
+            name=state.name, runs=runs, pairs=groups, hours=all_hours, usd=all_usd if priced else None,
+            spent_hours=spent_hours, spent_usd=spent_usd if priced else None, budget_hours=spec.budget_hours,
+            budget_usd=spec.budget_usd, fits=all(budget is None or needed <= budget for _, budget, needed in budgets),
+        ))  # fmt: skip
         return EXIT_VALID
-    print_rows(runs, "name request_rate concurrency repeat requests hours usd assumed")
-    print_rows(groups, "model tier replicas runs start_up_hours hours usd_per_hour price_date usd")
-    if any(run["assumed"] for run in runs):
+    print_rows([asdict(run) for run in runs], "name request_rate concurrency repeat requests hours usd assumed")
+    print_rows(
+        [asdict(group) for group in groups], "model tier replicas runs start_up_hours hours usd_per_hour price_date usd"
+    )
+    if any(run.assumed for run in runs):
         print("assumed: a closed loop without a duration is as fast as its server; 20 output tokens/s a request")
     print(f"{len(runs)} runs, {all_hours:.3g} h of servers, {_usd(all_usd if priced else None)} USD")
     if spent_hours:

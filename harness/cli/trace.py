@@ -118,7 +118,7 @@ def inspect(trace: Files, tokenizer: Path | None, block_tokens: int, format_: st
         return EXIT_VALID
     names = ("rows_read", "rows_kept", "rows_dropped", "rows_failed", "examples", "clock", "blocks", "grid_s", "notes")
     facts = {name: getattr(source, name) for name in ("format", "sha256", *names)}
-    print_json({"file": source.sources.name, **facts, **dataclasses.asdict(shape)})
+    print_json({"schema": "harness.trace/1", "file": source.sources.name, **facts, **dataclasses.asdict(shape)})
     return EXIT_VALID
 
 
