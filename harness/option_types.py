@@ -248,11 +248,9 @@ def click_option(f: Field[Any], heading: str, instead: Mapping[str, Any]) -> cli
     shown = None if quiet else kind.show(default) if isinstance(kind, Parsed) else True
     given: dict[str, Any] = {} if several or default in (None, "") else {"default": default}  # None would be a value
     if said["bare"] is not None:
-        given |= {"is_flag": False, "flag_value": said["bare"]}
-    elif flag:
-        given |= {"is_flag": True}
+        given["flag_value"] = said["bare"]
     option = click.Option(
-        [*flags, f.name], help=said["help"], metavar=said["metavar"], multiple=several,
+        [*flags, f.name], help=said["help"], metavar=said["metavar"], multiple=several, is_flag=flag,
         type=None if flag else kind, required=said["required"], show_default=shown,
         **given,
     )  # fmt: skip

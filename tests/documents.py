@@ -21,7 +21,9 @@ _BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _INLINE = re.compile(r"`(harness [^`]+)`")
-_COMMAND = re.compile(r"(?:^|[|;&(] *|[A-Z_]+=\S+ +|do +|nice -n \d+ )harness +(?P<rest>[^|;&)]*(?:'[^']*'[^|;&)]*)*)")
+_COMMAND = re.compile(
+    r"(?:^|[|;&(] *|[A-Z_]+=\S+ +|do +|nice -n \d+ )harness +(?P<rest>[^|;&)']*(?:'[^']*'[^|;&)']*)*)"
+)
 
 
 @dataclass(frozen=True, slots=True)
