@@ -50,8 +50,9 @@ def replay(trace: tuple[Path, ...], out: Path, asked: ReplayOptions) -> int:
     """Plan, serve, run and report in one go.
 
     TRACE is a production trace in any format that 'harness trace inspect' names, plain or compressed, also several
-    files, a folder, - (stdin) and s3://bucket/key; scenarios/traces/README.md has the fields. Without --base-url a
-    vLLM server is started on the default tier (this machine's CPU) with a small model, and ended afterwards.
+    files, a folder, - (stdin), s3://bucket/key and hf://datasets/ORG/NAME:SPLIT; scenarios/traces/README.md has the
+    fields. Without --base-url a vLLM server is started on the default tier (this machine's CPU) with a small model, and
+    ended afterwards.
 
     Requests go out at the trace's own times (open loop) unless --concurrency is given (closed loop). Latency counts
     from the planned time, so a late client or a full queue shows.

@@ -103,7 +103,7 @@ NEWEST = "newest"
 JSON_OPTION = format_option("text", "json")
 ONE_TRACE_ARGUMENT = click.argument("trace", type=PATH)
 TRACE_ARGUMENT = click.argument("trace", type=PATH, nargs=-1, required=True)
-"""Files of one trace: also folders, patterns, archives, - and s3://."""
+"""Files of one trace: also folders, patterns, archives, -, s3:// and hf://datasets/."""
 
 
 class Verb(click.Command):

@@ -81,7 +81,7 @@ def open_source(name: str | Path) -> TraceFile:
 
 def full_name(name: str | Path) -> str:
     """A path, or a URL whose two slashes a Path folded into one."""
-    return re.sub(r"^s3:/+", "s3://", str(name))
+    return re.sub(r"^(s3|hf):/+", r"\1://", str(name))
 
 
 def _copied(name: str, copy: Callable[[IO[bytes]], str]) -> TraceFile:

@@ -19,6 +19,7 @@ from typing import Literal, cast, get_args
 from harness.errors import TraceError, UsageError, unknown_name
 from harness.terminal import printable
 from harness.trace.formats.record import TraceRecord
+from harness.trace.hub import dataset_files, is_dataset
 from harness.trace.source import TraceFile, full_name, magic, open_source
 
 _ZIP = b"PK\x03\x04"
@@ -42,7 +43,8 @@ class Sources:
 
 def open_sources(names: Sequence[str | Path]) -> Sources:
     """The files that ``names`` stand for: paths, ``-``, patterns (``logs/*.jsonl.gz``), folders with all below them,
-    archives with their members, ``s3://bucket/key``, prefixes of those (``s3://bucket/logs/``) and patterns.
+    archives with their members, ``s3://bucket/key``, prefixes of those (``s3://bucket/logs/``) and patterns, and
+    datasets (`harness.trace.hub`).
 
     Raises `TraceError` when one cannot be read or stands for no file, `UsageError` without a name.
     """
@@ -58,6 +60,8 @@ def _expanded(name: str) -> list[TraceFile]:
     url = full_name(name)
     if url.startswith("s3://"):
         return _objects(url)
+    if is_dataset(url):
+        return dataset_files(url)
     path = Path(name)
     if name != "-" and not os.path.lexists(path) and _PATTERN.search(name):
         matches = sorted(match for match in glob.glob(name, recursive=True) if Path(match).is_file())  # noqa: PTH207
