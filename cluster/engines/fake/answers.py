@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from harness.cluster.engines.fake.faults import FAULTS as FAULTS
 from harness.cluster.engines.fake.pacing import Pacer
-from harness.cluster.engines.fake.planted import Planted
+from harness.cluster.engines.fake.planted import Planted, RateLimit
 
 if TYPE_CHECKING:
     from harness.cluster.engines.fake.engine import PacingEngine
@@ -80,6 +80,7 @@ class Truth:
         self.hosted: bool = args.hosted
         self.planted = Planted(args.answers, args.die_after)
         self.busy_s: float = args.busy
+        self.limit = RateLimit(args.rate_limit)
         self.first_s: float | None = None
         self.running = 0
         self.queue: deque[AnswerStream] = deque()
@@ -128,12 +129,14 @@ class Truth:
             return headers.get("api-key", ""), self.api_key
         return headers.get("authorization", ""), f"Bearer {self.api_key}"
 
-    def refused(self, body: Body) -> tuple[int, str, str] | None:
+    def refused(self, body: Body, *, load: bool) -> tuple[int, str, str] | None:
         """Status, words and headers of a refusal; null when there is none."""
         now = time.monotonic()
         self.first_s = now if self.first_s is None else self.first_s
         if (left := self.first_s + self.busy_s - now) > 0:
             return 429, "too many requests", f"Retry-After: {math.ceil(left)}\r\n"
+        if load and (found := self.limit.refused(body, now)):
+            return found
         limited = self.engine is not None and self.engine.longest is not None
         if limited and count_prompt(body) + asked_tokens(body) > self.longest:
             return 400, f"This model's maximum context length is {self.longest} tokens.", ""

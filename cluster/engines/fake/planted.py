@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -53,6 +54,29 @@ class Planted:
         prompt = _prompt(body)
         asked = body.get("logprobs") not in (None, False)
         return self._logprobs.get(prompt) if asked and isinstance(prompt, str) else None
+
+
+class RateLimit:
+    """So many requests of a load in any second (None: any number); one too many is to come back in a second, and is
+    forbidden should it come sooner.
+    """
+
+    def __init__(self, most: int | None) -> None:
+        self._most, self._came, self._back = most, deque[float](), dict[object, float]()
+
+    def refused(self, body: Mapping[str, object], now_s: float) -> tuple[int, str, str] | None:
+        """Status, words and headers of a refusal; None where there is none."""
+        if self._most is None:
+            return None
+        if now_s < self._back.pop(_prompt(body), now_s):
+            return 403, "came back before Retry-After", ""
+        while self._came and self._came[0] <= now_s - 1:
+            self._came.popleft()
+        if len(self._came) < self._most:
+            self._came.append(now_s)
+            return None
+        self._back[_prompt(body)] = now_s + 1
+        return 429, "too many requests", "Retry-After: 1\r\n"
 
 
 def _prompt(body: Mapping[str, object]) -> object:

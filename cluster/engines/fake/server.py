@@ -25,6 +25,8 @@ It prints ``ready http://127.0.0.1:PORT/v1`` and serves ``/v1/completions``, ``/
   with a header ``X-Tenant: t1`` and the key in ``api-key``; no list of models, no counters; lengths in
   ``max_completion_tokens``, of which half as many tokens come, and neither ``ignore_eos`` nor a temperature.
 - ``--busy S`` answers 429 with ``Retry-After`` until S seconds after the first request for tokens.
+- ``--rate-limit N`` admits N requests of a load in any second, answers 429 with ``Retry-After: 1`` to the others, and
+  403 to one that comes back sooner.
 - ``--answers FILE`` of JSON lines ``{"prompt": TEXT, "answers": [TEXT, ...]}`` plants answers, a word a token: the k-th
   time that a load sends a prompt it gets the k-th answer, then always the last. ``max_tokens`` caps an answer,
   ``ignore_eos`` fills it up. ``"logprob": -0.5`` beside them is that of each token, where a request asks for
@@ -186,7 +188,7 @@ class ServerConnection(asyncio.Protocol):
             self.error(404, "Not Found")
         elif body.get("model") != truth.model:
             self.error(404, f"The model `{body.get('model')}` does not exist.")
-        elif refused := truth.refused(body):
+        elif refused := truth.refused(body, load=load):
             self.error(*refused)
         elif not self.refuse(str(body.get("fault") or "")):
             if load:
@@ -262,6 +264,7 @@ def main() -> None:
     parser.add_argument("--pad", type=int, default=0, help="extra bytes per token")
     parser.add_argument("--hosted", action="store_true", help="be as a hosted API is")
     parser.add_argument("--busy", type=float, default=0.0, help="seconds for which it asks to come back later")
+    parser.add_argument("--rate-limit", type=int, help="requests of a load that it admits in any second")
     parser.add_argument("--answers", help="file of planted answers")
     parser.add_argument("--die-after", type=int, help="requests of a load that it lives for")
     parser.add_argument("--log", help="file for the exact truth, one JSON line per answer")

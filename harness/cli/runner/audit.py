@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 BROKEN = frozenset({"status", "files", "rows", "success", "workers", "replicas", "server_restarts"})
 """Gates of a run without which its answers are not those of the model; the others are about times."""
 MOST_BUSY = 100
-"""Times that a question is asked again of a server that says 429 or 503: a rate limit is obeyed, within --timeout."""
+"""Times that a request is sent again to a server that says 429 or 503: a rate limit is obeyed, within --timeout, and
+the wait is part of the answer's time."""
 UNKNOWN_TOKENS = 16
 """Length of an answer where no model said one."""
 
@@ -76,6 +77,8 @@ class LoadPass:
     """It is a capacity; else only what was sent."""
     tier: Tier | None = None
     words: str = ""
+    problem: str | None = None
+    """Its server died under it: what was measured proves nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,10 @@ class QualitySession(Salted):
             return super().judge(point)
         except ResultsError as e:
             return str(e)
+
+    def again(self, point: Point) -> str | None:
+        """A pass whose server died is asked again, as a whole."""
+        return death(RunDir(self.folder / point.name))
 
     def learn(self, point: Point, run: Run, found: Summary) -> None:
         """Grade the answers and forget their text."""
@@ -307,7 +314,7 @@ def load(
         body = {name: value for name, value in asked.load.extra_body.items() if name != "stop"}
         sent = replace(sent, extra_body=body)
     else:
-        sent = replace(sent, output_lengths="cap")
+        sent = replace(sent, output_lengths="cap", busy_retries=MOST_BUSY)
     options = replace(asked, plan=plan, load=sent)
     where = folder / f"load-{number}-{slug(pair.name)}"
     spec = SweepSpec(
@@ -323,28 +330,34 @@ def load(
         session.run()
         report = session.report()
         (where / ANSWER).write_bytes(as_json(report))
-        return searched(report, tiers[0])
+        failed = next((point.reason for point in session.state.points if point.state == "failed"), None)
+        return searched(report, tiers[0], failed)
     level = LoadSession(where, state, options, trace, tiers)
     level.shared = servers
     level.run()
-    return level_of(state.points[0], tiers[0], rate)
+    return level_of(where, state.points[0], tiers[0], rate)
 
 
-def level_of(point: Point, tier: Tier | None, rate: float) -> LoadPass:
+def level_of(folder: Path, point: Point, tier: Tier | None, rate: float) -> LoadPass:
     """What one load level told of a model."""
     judged = point.slo_met if point.state == "done" and point.verdict == "VALID" else None
     words = f"{rate:.4g} req/s: {point.verdict or point.state}"
     if point.reason:
         words += f" ({point.reason[:200]})"
     kept = rate if judged else None
-    return LoadPass(slo_met=judged, rate=kept, low=kept, high=kept, tier=tier, words=words)
+    died = death(RunDir(folder / point.name)) if point.state == "done" else point.reason
+    return LoadPass(
+        slo_met=judged, rate=kept, low=kept, high=kept, tier=tier, words=words,
+        problem=f"under load: {died}" if died else None,
+    )  # fmt: skip
 
 
-def searched(report: CapacityReport, tier: Tier | None) -> LoadPass:
-    """What a search for capacity told of a model."""
+def searched(report: CapacityReport, tier: Tier | None, failed: str | None = None) -> LoadPass:
+    """What a search for capacity told of a model. ``failed``: why it could not be done."""
     found = report.answer.capacity if report.answer is not None else None
     if found is None or found.state == "unknown":
-        return LoadPass(slo_met=None, tier=tier, words=report.sentence, searched=True)
+        problem = f"under load: {failed}" if failed else None
+        return LoadPass(slo_met=None, tier=tier, words=report.sentence, searched=True, problem=problem)
     met = found.state != "not reached"
     rate = (found.load.low if found.load.value is None else found.load.value) if met else None
     return LoadPass(
@@ -369,4 +382,5 @@ def begun(folder: Path, fresh: SweepState, trace: Trace) -> SweepState:
 def tried(words: str, problem: HarnessError) -> LoadPass:
     """A load pass that could not be done."""
     say(f"{words}: {problem}")
-    return LoadPass(slo_met=None, words=str(problem).splitlines()[0])
+    why = str(problem).splitlines()[0]
+    return LoadPass(slo_met=None, words=why, problem=why if isinstance(problem, ServerError) else None)

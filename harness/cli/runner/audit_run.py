@@ -226,7 +226,7 @@ def _settled(
     )  # fmt: skip
     if word is None:
         return None
-    why = "not loaded: its quality is worse" if word != "INVALID" else "not loaded: INVALID"
+    why = "not loaded" if word == "INVALID" else "not loaded: its quality is worse"
     say(f"{want.models[k].name}: {why}")
     return LoadPass(slo_met=None, words=why)
 
@@ -324,7 +324,7 @@ def _measured(
     trusted = None if trial is None or k == 0 else trust_of(trial, want.candidates[k - 1], want.margin)
     if problem is None and trusted is not None and trusted.faults:
         problem = f"the judge is not to be believed: {', '.join(trusted.faults)}"
-    problem = problem or place_problem(_tables(own))
+    problem = problem or place_problem(_tables(own)) or (loaded.problem if k else None)
     fleet = None
     if loaded.tier is not None and loaded.rate is not None:
         ends = (min(loaded.low or 0.0, loaded.rate), max(loaded.high or float("inf"), loaded.rate))

@@ -189,7 +189,7 @@ def _load(
     tiers = sweep.check(spec, options)
     if search is None:
         Session(where, state, options, trace, tiers).run()
-        return level_of(state.points[0], tiers[0], rate)
+        return level_of(where, state.points[0], tiers[0], rate)
     session = CapacitySession(where, state, options, trace, tiers, search)
     session.run()
     report = session.report()
