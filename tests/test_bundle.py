@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, harness
 from packaging.requirements import Requirement
 
+from harness.cluster.deploy import install_bundle
 from harness.cluster.deploy.bundle_wheels import (
     HostPython,
     Packages,
@@ -233,9 +234,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wheel(folder, "engine", "1.0", "torch==2.11.0", "kernels", "small", f"theirs[deep]>=1; {own}")
     wheel(folder, "engine", "2.0", "torch==2.12.0", "kernels", "small")
     for version in ("2.11.0", "2.12.0"):
-        wheel(folder, "torch", version, "cuda")
-    for name in ("cuda", "kernels", "small", "deep"):
-        wheel(folder, name, "1.0")
+        wheel(folder, "torch", version, "cuda", f"triton[x]==3.{version[2]}")
+    for name, version in (("cuda", "1.0"), ("kernels", "1.0"), ("small", "1.0"), ("deep", "1.0"), ("triton", "3.9")):
+        wheel(folder, name, version)
+    wheel(folder, "small", "1.1", "triton")
     wheel(folder, "theirs", "1.5", f"deep; extra == 'deep' and {own}", extras=["deep"])
     return folder
 
@@ -251,25 +253,48 @@ def test_what_the_host_has_decides_which_engine_is_carried(index: Path, tmp_path
     """Neither torch nor what only torch needs; and what this Python's markers hide from pip is found."""
     found, needed = carried(index, tmp_path, extras=["all"], on_host=list(parse_packages(["torch==2.11.0"])),
                             left_out=list(parse_packages(["kernels"])))  # fmt: skip
-    expected = {"llm-harness": "0.1", "engine": "1.0", "small": "1.0", "theirs": "1.5", "deep": "1.0", "pip": "99.0"}
+    expected = {"llm-harness": "0.1", "engine": "1.0", "small": "1.1", "theirs": "1.5", "deep": "1.0", "pip": "99.0"}
     assert found == expected
-    assert needed == [{"name": "torch", "version": "2.11.0"}]
+    assert needed == [{"name": "torch", "version": "2.11.0"}, {"name": "triton", "version": "3.1"}], "which torch pins"
 
 
 def test_without_a_version_the_newest_that_fits_is_asked_of_the_host(index: Path, tmp_path: Path) -> None:
     found, needed = carried(index, tmp_path, extras=["gpu"], on_host=list(parse_packages(["torch"])))
-    assert found == {"llm-harness": "0.1", "engine": "2.0", "small": "1.0", "kernels": "1.0", "pip": "99.0"}
+    assert found == {
+        "llm-harness": "0.1",
+        "engine": "2.0",
+        "small": "1.1",
+        "kernels": "1.0",
+        "triton": "3.9",
+        "pip": "99.0",
+    }
     assert needed == [{"name": "torch", "version": "2.12.0"}]
 
 
 def test_what_cannot_be_had_is_named(index: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--extra nothing: the harness has gpu, all"):
         carried(index, tmp_path, extras=["nothing"])
-    (index / "small-1.0-py3-none-any.whl").unlink()
+    for path in index.glob("small-*"):
+        path.unlink()
     (index / "engine-1.0-py3-none-any.whl").unlink()
     (tmp_path / "again").mkdir()
     with pytest.raises(HarnessError, match=r"(?s)No matching distribution found for small.*newer glibc"):
         carried(index, tmp_path / "again", extras=["gpu"])
+
+
+def test_what_packages_of_the_host_pin_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = {
+        "torch": ["triton==3.6.0; platform_system == 'Linux'", "cuda-toolkit[nvrtc]==13.0.2", "sympy>=1.13",
+                  "optree==0.1; extra == 'optree'", "absent==1"],
+        "cuda-toolkit": ["nvidia_cuda.nvrtc (==13.0.88)"], "triton": [], "sympy": ["mpmath==1.3"],
+        "nvidia-cuda-nvrtc": [], "mpmath": [], "optree": [],
+    }  # fmt: skip
+    monkeypatch.setattr(
+        install_bundle, "version_of", lambda name: "1" if install_bundle.canonical(name) in needs else None
+    )
+    monkeypatch.setattr(install_bundle.metadata, "requires", needs.__getitem__)
+    held = {"triton": "3.6.0", "cuda-toolkit": "13.0.2", "nvidia-cuda-nvrtc": "13.0.88", "mpmath": "1.3"}
+    assert install_bundle.held_by_host(["torch"]) == held
 
 
 def test_a_platform_is_every_older_one_too() -> None:

@@ -8,6 +8,7 @@ another Python needs is added afterwards (`_unmet`).
 from __future__ import annotations
 
 import email
+import json
 import platform
 import re
 import shutil
@@ -191,12 +192,15 @@ def download(
     wanted.append("pip")  # installs there, and fetches weights
     stand_ins, dest = work / "stand-ins", work / "wheels"
     stand_ins.mkdir()
-    stand_for = [*packages.on_host, *packages.nowhere.values()]
+    on_host = {canonicalize_name(one.name): one for one in packages.on_host}
+    for one in packages.on_host:
+        on_host = {canonicalize_name(pin.name): pin for pin in _pins(one, host, work, say)} | on_host
+    stand_for = [*on_host.values(), *packages.nowhere.values()]
     for requirement in stand_for:
         for version in _versions(requirement):
             write_stand_in(stand_ins, requirement.name, version, host)
     limits = work / "limits.txt"
-    limits.write_text("".join(f"{requirement}\n" for requirement in stand_for), encoding="utf-8")
+    limits.write_text("".join(f"{one.name}{one.specifier}\n" for one in stand_for), encoding="utf-8")
     for _ in range(ROUNDS):
         say("resolving and downloading with pip: minutes")
         argv = [sys.executable, "-m", "pip", "download", *host.pip_words, "--find-links", str(stand_ins)]
@@ -214,12 +218,11 @@ def download(
         wanted += unmet
     else:
         raise HarnessError(f"pip does not find {', '.join(unmet)} for {host.platform}")
-    theirs = {canonicalize_name(requirement.name) for requirement in packages.on_host}
     real, needed = [own], []
     for path, wheel in found.items():
         if not (stand_ins / path.name).exists():
             real.append(path)
-        elif wheel.name in theirs:
+        elif wheel.name in on_host:
             needed.append({"name": wheel.name, "version": wheel.version})
     return real, needed
 
@@ -230,6 +233,25 @@ def _pip(argv: Sequence[str], work: Path, what: str, hint: str) -> None:
         run_step([*argv[:4], *extra, *argv[4:]], work, what, DOWNLOAD_S, causes=())
     except ServerError as e:
         raise HarnessError(f"{e}\n{hint}" if hint else str(e)) from None
+
+
+def _pins(one: Requirement, host: HostPython, work: Path, say: Callable[[str], None]) -> list[Requirement]:
+    """Packages that the host has, too, since one that it has at a known version pins theirs (torch its triton and
+    NVIDIA's libraries): another version, carried for the others, would stand before them.
+    """
+    if not any(spec.operator == "==" for spec in one.specifier):
+        return []  # the installation looks for itself
+    report = work / f"{one.name}.json"
+    argv = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", *host.pip_words]
+    try:
+        _pip([*argv, "--target", str(work), "--report", str(report), str(one)], work, f"looking at {one}", "")
+        found = json.loads(report.read_bytes())["install"][0]["metadata"].get("requires_dist", [])
+    except (HarnessError, LookupError, ValueError):
+        say(f"note: the index does not say what {one} pins; where others need it too, name that --without as well")
+        return []
+    facts = Wheel(name=one.name, version="", requires=found, extras=[], unpacked_bytes=0)
+    pinned = roots(facts, (), host.environment)
+    return [pin for pin in pinned if any(spec.operator == "==" for spec in pin.specifier)]
 
 
 def _versions(requirement: Requirement) -> list[str]:

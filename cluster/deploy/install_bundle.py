@@ -128,6 +128,26 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def held_by_host(names: list[str]) -> dict[str, str]:
+    """Versions, by canonical name, that these packages of the host pin, they themselves or what they need."""
+    held: dict[str, str] = {}
+    todo, done = list(names), set()
+    while todo:
+        name = todo.pop()
+        if name in done or version_of(name) is None:
+            continue
+        done.add(name)
+        for text in metadata.requires(name) or ():
+            needed, _, marker = text.partition(";")
+            match = re.match(r"([\w.-]+)[^=<>!~]*(?:==\s*([^\s,)]+))?", needed)
+            if match is None or "extra" in marker:
+                continue
+            todo.append(canonical(match[1]))
+            if match[2] and version_of(match[1]) is not None:
+                held[canonical(match[1])] = match[2]
+    return held
+
+
 def check_folder(folder: Path, needed_bytes: int) -> None:
     """Raises `InstallError` when the folder holds something, or its disk too little. What we left there goes."""
     if folder.is_dir() and (folder / UNFINISHED).is_file():
@@ -187,7 +207,14 @@ def make_environment(folder: Path, manifest: dict[str, Any]) -> None:
         ).stdout.strip()  # fmt: skip
         lines = [f"import site; site.addsitedir({entry!r})" for entry in host_folders()]
         (Path(purelib) / "zz_host_packages.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    wheels = sorted((folder / "wheels").glob("*.whl"))
+    held = held_by_host([one["name"] for one in manifest["host_packages"]])
+    wheels = []
+    for path in sorted((folder / "wheels").glob("*.whl")):
+        name, version = canonical(path.name.split("-")[0]), path.name.split("-")[1]
+        if held.get(name, version) == version:
+            wheels.append(path)
+        else:
+            print(f"not installed: {name} {version}, since packages of this host need its {held[name]}")
     # All of them, also where the host has the same one: it may be updated there, or taken away.
     words = ("install", "--no-index", "--no-deps", "--ignore-installed", "--no-warn-script-location")
     pip(folder, *words, *map(str, wheels))
