@@ -14,6 +14,7 @@ import numpy as np
 from harness.analysis import metrics
 from harness.analysis.arrays import Floats
 from harness.analysis.check import Check, Verdict, verdict
+from harness.analysis.cost import simulated
 from harness.analysis.cost.cost import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
 from harness.analysis.cost.split import Split, run_samples, split_bill, token_mix
 from harness.analysis.fidelity.inputs import Fidelity
@@ -156,12 +157,12 @@ class Summary(Framed):
     @property
     def costs_at_least(self) -> bool:
         """Whether steps took what a chip does at best, so that every cost is a lower bound."""
-        return self.server.model_facts.get("step_source") == "bound"
+        return simulated.is_bound(self.server.model_facts)
 
     @property
     def caution(self) -> str | None:
         """What a reader must know before any figure; None when there is nothing."""
-        return CAUTION_DUMMY if _dummy(self.server.model_facts) else _simulated(self.server.model_facts)
+        return CAUTION_DUMMY if _dummy(self.server.model_facts) else simulated.words(self.server.model_facts)
 
 
 def summarise(
@@ -198,7 +199,10 @@ def summarise(
     sampled, weighted = served_rates(run, window, tokens, counts, limits, ratio, queue)
     offered = offered_load(run)
     full = fullness(run, window, sampled.concurrency.value)
-    note = "; ".join(filter(None, (price_note(judged, served_lengths(run)), _own_error(manifest.model_facts)))) or None
+    note = (
+        "; ".join(filter(None, (price_note(judged, served_lengths(run)), simulated.error_words(manifest.model_facts))))
+        or None
+    )
     rates = sampled
     if offered.kind != "closed":
         rates, weighted = given(sampled), given_rate(weighted)
@@ -208,7 +212,8 @@ def summarise(
         reason = "several servers answer at one address, so how many are paid for is not known (--metrics-url)"
     if reason is None and warm.ok is False:
         reason = REASON
-    price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason)
+    within = simulated.own_error(manifest.model_facts)
+    price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason, within=within)
     return Summary(
         schema=SCHEMA,
         run=str(run.path).encode(errors="replace").decode(),  # a path may hold bytes that no JSON can
@@ -274,29 +279,6 @@ def _steady_state(
 def claims(summary: Summary) -> dict[str, object]:
     """The summary as JSON has it: field by field, without what a report does not claim (`Summary.sampled`)."""
     return {f.name: getattr(summary, f.name) for f in fields(summary) if f.name != "sampled"}
-
-
-STEP_SOURCES = {
-    "kernels": "steps take what NVIDIA's measured kernels take",
-    "fitted": "steps take what was fitted to measured runs",
-    "given": "steps take what the user said",
-    "bound": "steps take what the chip's data sheet allows at best, so every latency and cost is at least as high",
-}
-
-
-def _simulated(model_facts: Mapping[str, str]) -> str | None:
-    """How a run was simulated; None: it was not, or by an engine that does not say."""
-    source = model_facts.get("step_source")
-    if source is None:
-        return None
-    known = f"Simulated, not measured: {model_facts.get('simulated', '')}; {STEP_SOURCES.get(source, source)}."
-    return known + (f" {own}." if (own := _own_error(model_facts)) else "")
-
-
-def _own_error(model_facts: Mapping[str, str]) -> str | None:
-    """What a simulated cost may be beyond its interval, which is one of sampling; None: nobody knows, or measured."""
-    within = model_facts.get("cost_range")
-    return within and f"The simulator's own error is not in intervals: the cost is {within} times that in 9 of 10 cases"
 
 
 def _dummy(model_facts: Mapping[str, str]) -> bool:
@@ -384,7 +366,7 @@ def _errors(run: Run) -> list[ErrorCount]:
 def _assumptions(run: Run, tokens: Tokens, ratio: float) -> list[str]:
     facts = run.manifest.model_facts
     said = [
-        *filter(None, (CAUTION_DUMMY if _dummy(facts) else None, _simulated(facts))),
+        *filter(None, (CAUTION_DUMMY if _dummy(facts) else None, simulated.words(facts))),
         "one replica is one whole instance, paid from the first scheduled request to the last finish; idle hours, "
         "standby and start-up are not in the price",
         f"the split is declared: an output token costs {ratio:g} input tokens",

@@ -23,6 +23,7 @@ from harness.analysis.capacity.system import (
     system_of,
 )
 from harness.analysis.cost.cost import DEFAULT_UTILISATION, OUTPUT_ONLY, at_rate, bill_usd
+from harness.analysis.cost.simulated import own_error
 from harness.analysis.rates import LOAD_UNIT, LoadKind
 from harness.analysis.stats.intervals import Distribution, Quantity, scaled
 from harness.analysis.summary import Summary
@@ -124,7 +125,8 @@ class ServingConfig(System):
 def serving_configs(
     summaries: Sequence[Summary], utilisation: float = DEFAULT_UTILISATION, answer: Answer | None = None
 ) -> list[ServingConfig]:
-    """Capacity and cost of every system, cheapest at its SLO first; runs that are not VALID are left out.
+    """Capacity and cost of every system, cheapest at its SLO first; runs that are not VALID are left out. Costs
+    that are but lower bounds come last.
 
     ``answer``: of the search that these runs are of; None: as it lies beside them, where it does.
     """
@@ -133,7 +135,12 @@ def serving_configs(
         left_out = [why for s in group if (why := _left_out(s)) is not None]
         if runs := [s for s in group if _left_out(s) is None]:
             found.append(_system(runs, utilisation, left_out, answer))
-    return sorted(found, key=lambda one: (one.usd_per_1m_total.value is None, one.usd_per_1m_total.value or 0.0))
+
+    def place(one: ServingConfig) -> tuple[bool, bool, float]:
+        cost = one.usd_per_1m_total.value
+        return one.costs_at_least, cost is None, cost or 0.0
+
+    return sorted(found, key=place)
 
 
 def _left_out(s: Summary) -> str | None:
@@ -226,7 +233,8 @@ def cost_at(s: Summary, rate: Quantity, per: str = "input + output") -> Quantity
     if s.tier is None or not (usd_per_hour := s.cost.usd_per_hour or 0.0) > 0:
         return at_rate(None, rate, per, why="no tier, so no price (--tier)")
     usd_per_s = bill_usd(usd_per_hour, max(1, s.cost.replicas), 1.0)
-    return at_rate(usd_per_s, rate, per, why=rate.note or "no tokens were counted")
+    within = own_error(s.server.model_facts)
+    return at_rate(usd_per_s, rate, per, why=rate.note or "no tokens were counted", within=within)
 
 
 def _cost(s: Summary, found: Capacity | None, name: str) -> Quantity:

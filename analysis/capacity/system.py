@@ -12,6 +12,8 @@ from harness.analysis.stats.intervals import Evidence
 from harness.analysis.summary import Summary
 
 Key = tuple[object, ...]
+BOUND = "--step-times=bound"
+"""Argument of a simulated engine whose steps take what the chip's data sheet allows at best."""
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
@@ -40,6 +42,11 @@ class System:
     evidence: Evidence
     trace: str
     loop: LoadKind
+
+    @property
+    def costs_at_least(self) -> bool:
+        """Whether its steps took what a chip does at best: its costs are lower bounds, never ranked."""
+        return BOUND in self.args
 
     @property
     def name(self) -> str:

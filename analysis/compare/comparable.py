@@ -79,6 +79,12 @@ def refusals(a: Sequence[Summary], b: Sequence[Summary]) -> list[str]:
             for s in runs
             if s.verdict != "VALID"
         ]
+        reasons += [
+            f"{side}: {s.run}: its costs and latencies are lower bounds, by the chip's data sheet, which are "
+            "compared with nothing: simulate a tier whose kernels are known, or measure"
+            for s in runs
+            if s.costs_at_least
+        ]
         warm = [(s, c) for s in runs for c in s.checks if c.name == WARM and c.ok is False]
         reasons += [f"{side}: {s.run}: {c.observed}: {c.advice}" for s, c in warm]
         others = ([d.name for d in differences(runs[0], s) if d.name not in _ANY] for s in runs[1:])

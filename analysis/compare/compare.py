@@ -26,6 +26,13 @@ SCHEMA = "harness.compare/1"
 BY_CHANCE = 0.05
 LOADS_OWN = ("cost", "throughput")
 """Figures that an open loop gives: its load sets tokens/s, and the hourly price does the rest."""
+NOT_SIMULATED = ("cost", "ttft_p50", "ttft_p95", "ttft_p99", "goodput", "attainment")
+"""Figures of two simulations at one load that are not judged: near saturation a step time that is a little off decides
+them, and the cost has an error of its own that no pair of runs shows."""
+EQUAL_SHARE = (
+    "simulated at one load; compare costs by capacity (harness price A B) and latencies at an equal share of each "
+    "system's own capacity"
+)
 INSTEAD = "measure capacity of both (harness capacity), then: harness price A B"
 Verdict = Literal["better", "worse", "no difference shown", "not judged", "not known"]
 JUDGED: tuple[Verdict, ...] = ("better", "worse", "no difference shown")
@@ -213,10 +220,18 @@ def _at_load(pairs: Sequence[tuple[PairedRun, PairedRun]], gates: Sequence[Gate]
     evidence = pairs[0][0].summary.evidence
     first_a = pairs[0][0]
     given = LOADS_OWN if first_a.summary.load.mode == "open" else ()
+    unsure = NOT_SIMULATED if "step_source" in first_a.summary.server.model_facts else ()
     by_name = {name: [figs[name] for figs, _, _ in found] for name in FIGURES}
     spread = _run_to_run({name: pair for name, pair in by_name.items() if name not in (*SHARES, *given)})
     figures = {
-        name: _over(name, by_name[name], evidence, given=name in given, spread=0.0 if name in SHARES else spread)
+        name: _over(
+            name,
+            by_name[name],
+            evidence,
+            given=name in given,
+            spread=0.0 if name in SHARES else spread,
+            unsure=EQUAL_SHARE if name in unsure else None,
+        )
         for name in FIGURES
     }
     met_a, met_b = (all_met([pair[k].summary for pair in pairs]) for k in (0, 1))
@@ -244,10 +259,13 @@ def _run_to_run(figures: Mapping[str, Sequence[PairFigure]]) -> float:
     return float(np.median(spreads)) if spreads else 0.0
 
 
-def _over(name: str, pairs: Sequence[PairFigure], evidence: Evidence, *, given: bool, spread: float) -> Figure:
+def _over(
+    name: str, pairs: Sequence[PairFigure], evidence: Evidence, *, given: bool, spread: float, unsure: str | None = None
+) -> Figure:  # fmt: skip
     """One figure over the pairs of runs.
 
-    ``given``: the load's own, which no run can judge; ``spread``: of its change from pair to pair, at least.
+    ``given``: the load's own, which no run can judge; ``spread``: of its change from pair to pair, at least;
+    ``unsure``: why it is not judged, whatever the runs say.
     """
     unit, less_is_better = FIGURES[name]
     n = sum(p.n for p in pairs)
@@ -258,7 +276,8 @@ def _over(name: str, pairs: Sequence[PairFigure], evidence: Evidence, *, given: 
         return Figure(
             name=name, unit=unit, a=None, b=None, difference=blank, change=change, verdict="not known", given=given
         )  # fmt: skip
-    why = f"the load's own; {INSTEAD}" if given else few_words(len(pairs)) if len(pairs) < FEWEST_PAIRS else None
+    why = few_words(len(pairs)) if len(pairs) < FEWEST_PAIRS else None
+    why = f"the load's own; {INSTEAD}" if given else unsure or why
     blank = replace(blank, note=why or blank.note)
 
     def over(values: Sequence[float], ends: Sequence[Ends], unit: str, spread: float) -> Quantity:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from harness.analysis.cost.simulated import Within, widened
 from harness.analysis.cost.split import Split, TokenMix, by_ratio, not_identifiable
 from harness.analysis.stats.intervals import MIN_SAMPLES, Quantity, at_list_price
 from harness.errors import UsageError
@@ -33,22 +34,29 @@ def usd_per_1m(usd: float, tokens: float) -> float:
 
 
 def at_rate(
-    usd_per_s: float | None, rate: Quantity, per: str, *, why: str | None = None, share: float = 1.0
+    usd_per_s: float | None,
+    rate: Quantity,
+    per: str,
+    *,
+    why: str | None = None,
+    share: float = 1.0,
+    within: Within | None = None,
 ) -> Quantity:
     """USD per 1M ``per`` tokens of servers that cost ``usd_per_s`` and serve ``rate`` tokens/s, dear when slow.
 
-    The interval is the rate's, where it has one. ``share``: of the bill that these tokens carry. Null with the reason
-    ``why`` without a price, and without a rate.
+    The interval is the rate's, where it has one, and holds the simulator's own error (``within``). ``share``: of the
+    bill that these tokens carry. Null with the reason ``why`` without a price, and without a rate.
     """
     unit, evidence = f"USD per 1M {per} tokens", at_list_price(rate.evidence)
     if usd_per_s is None or not rate.value:
         why = why or rate.note or "no tokens were served"
         return Quantity(value=None, n=rate.n, unit=unit, note=why, evidence=evidence)
     usd = usd_per_s * share
-    return Quantity(
+    found = Quantity(
         value=usd_per_1m(usd, rate.value), low=usd_per_1m(usd, rate.high) if rate.high else None,
         high=usd_per_1m(usd, rate.low) if rate.low else None, n=rate.n, unit=unit, note=rate.note, evidence=evidence,
     )  # fmt: skip
+    return widened(found, within)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +88,14 @@ def check_ratio(ratio: float) -> None:
 def cost(
     tier: Tier | None, replicas: int, duration_s: float | None, *, total_rate: Quantity, output_rate: Quantity,
     weighted_rate: Quantity, ratio: float, reason: str | None, note: str | None, splits: Sequence[Split] = (),
+    within: Within | None = None,
 ) -> Cost:  # fmt: skip
     """Prices from token rates (tokens/s) of one window: USD per second over tokens per second.
 
     ``weighted_rate`` is input / ratio + output tokens per second, the denominator of the split. ``reason`` (not None)
     withholds every price; so do a missing tier, a tier price that is not a positive number, fewer than `MIN_SAMPLES`
     requests, and a rate that is not known or 0. ``splits``: other divisions of the same bill; withheld with the prices.
+    ``within``: the simulator's own error.
     """
     hourly = tier.usd_per_hour if tier is not None and math.isfinite(tier.usd_per_hour) else None
     if reason is None:
@@ -103,16 +113,24 @@ def cost(
             not_identifiable(s.method, why, evidence=evidence, n=s.usd_per_1m_output.n, facts=s.facts) for s in splits
         ]
     return Cost(
-        usd_per_1m_total=at_rate(usd_per_s, total_rate, "input + output", why=reason),
-        usd_per_1m_output_only=at_rate(usd_per_s, output_rate, OUTPUT_ONLY, why=reason),
+        usd_per_1m_total=at_rate(usd_per_s, total_rate, "input + output", why=reason, within=within),
+        usd_per_1m_output_only=at_rate(usd_per_s, output_rate, OUTPUT_ONLY, why=reason, within=within),
         split=_declared(
             bill, duration_s, total_rate, output_rate, ratio,
-            at_rate(usd_per_s, weighted_rate, "input", why=reason, share=1 / ratio),
-            at_rate(usd_per_s, weighted_rate, "output", why=reason),
+            at_rate(usd_per_s, weighted_rate, "input", why=reason, share=1 / ratio, within=within),
+            at_rate(usd_per_s, weighted_rate, "output", why=reason, within=within),
         ),
-        splits=splits, bill_usd=bill, usd_per_hour=hourly, replicas=replicas,
+        splits=[_widened(split, within) for split in splits], bill_usd=bill, usd_per_hour=hourly, replicas=replicas,
         purchase=tier.purchase if tier else None, region=tier.region if tier else None,
         source=tier.source if tier else None, date=tier.date if tier else None, reason=reason, note=note,
+    )  # fmt: skip
+
+
+def _widened(split: Split, within: Within | None) -> Split:
+    cached = widened(split.usd_per_1m_cached_input, within)
+    return replace(
+        split, usd_per_1m_input=widened(split.usd_per_1m_input, within), usd_per_1m_cached_input=cached,
+        usd_per_1m_output=widened(split.usd_per_1m_output, within),
     )  # fmt: skip
 
 

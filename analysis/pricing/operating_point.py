@@ -22,6 +22,7 @@ from harness.analysis.capacity.system import (
     plan_of,
 )
 from harness.analysis.cost.cost import usd_per_1m
+from harness.analysis.cost.simulated import at_least_as_wide, own_error
 from harness.analysis.cost.split import TokenMix, token_mix
 from harness.analysis.rates import GIVEN, KIND_WORDS, LOAD_UNIT, given_load_note
 from harness.analysis.stats.intervals import Quantity
@@ -222,7 +223,8 @@ def pooled_cost(runs: Sequence[Summary]) -> Quantity:
     tokens = [(s.tokens.input or 0) + (s.tokens.output or 0) for s in runs]
     pooled = over_replicates([s.cost.usd_per_1m_total for s in runs], tokens, [plan_of(s) for s in runs])
     given = any(s.offered.kind != "closed" for s in runs) and pooled.value is not None
-    return replace(pooled, low=None, high=None, note=GIVEN) if given else pooled
+    pooled = replace(pooled, low=None, high=None, note=GIVEN) if given else pooled
+    return at_least_as_wide(pooled, own_error(runs[0].server.model_facts))
 
 
 def mix_of(runs: Sequence[Summary]) -> TokenMix | None:

@@ -158,6 +158,11 @@ def _charge(found: OperatingPoint, terms: Terms, structure: TokenWeights, basis:
     first, full, mix, reason = found.runs[0], found.total, found.mix, found.reason
     if reason is None and (full.value is None or mix is None or basis is None or not mix.total):
         reason = full.note or first.cost.reason or "no tokens were served"
+    if reason is None and first.costs_at_least:
+        least = full.value if full.low is None else full.low
+        reason = (
+            f"a lower bound, by the chip's data sheet: it costs at least {least:.3g} USD per 1M tokens at this load"
+        )
     system = replace(describe(first), evidence=full.evidence)
     made = RateCard(
         **{f.name: getattr(system, f.name) for f in fields(system)},

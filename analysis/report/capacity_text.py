@@ -46,7 +46,8 @@ def _sentence(system: ServingConfig) -> str:
     if tokens is not None and tokens.value is not None:
         said += f" At that load: {figure(tokens.value)} tokens/s (input + output)"
         if total.value is not None:
-            said += f", {price(total.value)} USD per 1M tokens{within(total, price)}"
+            cost = f"at least {price(total.low)}" if system.costs_at_least else price(total.value)
+            said += f", {cost} USD per 1M tokens" + ("" if system.costs_at_least else within(total, price))
         said += "."
     return said
 
@@ -106,7 +107,7 @@ def _system_row(system: ServingConfig) -> Row:
     tokens = found.rates.get("total_token_throughput") if found else None
     load = found.load if found else None
     return [
-        f"{system.name}, simulated" if simulated(system) else system.name,
+        _stamped(system),
         system.loop,
         Cell(_load(system, load), note=interval(load, figure) or None),
         found.limit.name if found and found.limit else "-",
@@ -114,6 +115,13 @@ def _system_row(system: ServingConfig) -> Row:
         usd(system.usd_per_1m_total),
         usd(floor.usd_per_1m_total if floor else None),
     ]
+
+
+def _stamped(system: ServingConfig) -> str:
+    """Its name, and what its figures are where they are not measured."""
+    if system.costs_at_least:
+        return f"{system.name}, simulated, costs at least"
+    return f"{system.name}, simulated" if simulated(system) else system.name
 
 
 def _load(system: ServingConfig, load: Quantity | None) -> str:

@@ -57,7 +57,8 @@ def _charge_sections(charge: RateCard, terms: Terms) -> list[Section]:
         f"{figure(charge.fleet_usd_per_month)} USD a month and serves at most "
         f"{tokens(charge.capacity_tokens_per_month)} at this load).",
     )
-    heads = ("USD per 1M tokens", "cost at 100 % (95 %)", f"cost at {u}", "PRICE (95 %)", "floor")
+    ends = "95 %" if charge.evidence.startswith("measured") else "simulated"
+    heads = ("USD per 1M tokens", f"cost at 100 % ({ends})", f"cost at {u}", f"PRICE ({ends})", "floor")
     sections = [Section(title=title, lines=lines, table=Table(heads, rows))]
     sections += [_offers(charge, terms)] if len(charge.offers) > 1 else []
     return [*sections, _against(charge, terms), Section(notes=(*_basis_lines(charge), *charge.notes))]

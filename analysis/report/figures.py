@@ -33,9 +33,10 @@ def interval(q: Quantity | None, style: Style, none: str = "") -> str:
 
 
 def within(q: Quantity, style: Style) -> str:
-    """The 95 % interval in brackets behind its figure; empty where there is none."""
+    """The 95 % interval in brackets behind its figure, that of a simulated cost as such; empty where there is none."""
     said = interval(q, style)
-    return f" (95 %: {said})" if said else ""
+    kind = "simulated" if q.evidence == "simulated x list price" else "95 %"
+    return f" ({kind}: {said})" if said else ""
 
 
 def hourly(value: float | None) -> str:

@@ -193,9 +193,10 @@ def _cost(summary: Summary) -> Section:
             (f"{where}: input + output", steady.usd_per_1m_total),
             (f"{where}: output alone", steady.usd_per_1m_output_only),
         ]
+    ends = "interval" if summary.evidence == "simulated" else "95 % interval"
     return Section(
         id="cost", title="Cost", notes=_price_basis(summary), table=Table(
-            ("Cost, USD per 1M", "value", "95 % interval"), [_figure_row(name, q, price) for name, q in priced],
+            ("Cost, USD per 1M", "value", ends), [_figure_row(name, q, price) for name, q in priced],
             caption=f"Evidence: {_evidence(q for _, q in priced)}",
         ),
     )  # fmt: skip

@@ -112,10 +112,13 @@ def _windows(model: Model) -> dict[str, str] | None:
     return {"windows": "its KV cache is counted as if no layer had a window, so it holds less than the real one"}
 
 
-def limit_args(limits: Limits) -> list[str]:
-    """The limits as arguments of vLLM, for the manifest."""
+def args_of(engine: HardwareEngine) -> list[str]:
+    """The limits and the split as arguments of vLLM, and what steps take: what tells two systems apart in manifests."""
+    limits = engine.limits
     said = [f"{flag}={getattr(limits, name)}" for flag, name in INTEGERS.items() if getattr(limits, name) is not None]
-    return said + [flag if getattr(limits, name) else f"--no-{flag[2:]}" for flag, name in FLAGS.items()]
+    said += [flag if getattr(limits, name) else f"--no-{flag[2:]}" for flag, name in FLAGS.items()]
+    said += [f"--tensor-parallel-size={engine.tensor_parallel}"] if engine.tensor_parallel > 1 else []
+    return [*said, f"--step-times={engine.source}"]
 
 
 def changed(limits: Limits, args: Sequence[str]) -> Limits:
@@ -180,8 +183,8 @@ class SimulatedServer:
 
     @property
     def args(self) -> list[str]:
-        """The limits."""
-        return limit_args(self.found.limits)
+        """The limits, the split and what steps take."""
+        return args_of(self.found)
 
     def misfit(self, tier: Tier) -> str | None:
         """It runs on any machine."""

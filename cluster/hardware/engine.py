@@ -19,17 +19,13 @@ from harness.cluster.catalogue.models import (
 from harness.cluster.engines.vllm import tensor_parallel_size
 from harness.cluster.hardware.bound import bound_step
 from harness.cluster.hardware.chips import Chip, chip_of, chips
-from harness.cluster.hardware.error import cost_range
+from harness.cluster.hardware.error import Source, cost_range
 from harness.cluster.hardware.kernels import Constants, Entry, KernelStep, entries, key_of, scaled
 from harness.cluster.simulator.scheduler import VLLM, Limits
 from harness.cluster.simulator.step_time import StepTime
 from harness.cluster.simulator.vllm_limits import GIB, gpu_limits, graph_sizes
 from harness.errors import UsageError
 from harness.record.manifest import Tier
-
-Source = Literal["kernels", "fitted", "given", "bound"]
-"""Measured kernels of the chip, runs of one's own, what the user says, or the roofline of the chip's data sheet, which
-nothing is faster than."""
 
 MEMORY_SHARE = 0.92
 """Of a device's memory that vLLM takes (its default since 0.22)."""

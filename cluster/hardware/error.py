@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+Source = Literal["kernels", "fitted", "given", "bound"]
+"""Measured kernels of the chip, runs of one's own, what the user says, or the roofline of the chip's data sheet, which
+nothing is faster than."""
 ERRORS = Path(__file__).with_name("errors.json")
 PCIE = 0.35
 """Of several accelerators over PCIe that nobody has calibrated."""
@@ -19,7 +22,7 @@ def _errors() -> dict[str, Any]:
     return found
 
 
-def cost_range(source: str, chip: str, facts: Mapping[str, str]) -> tuple[float, float]:
+def cost_range(source: Source, chip: str, facts: Mapping[str, str]) -> tuple[float, float]:
     """What a cost may be at least and at most, as multiples of the simulated one, in 9 of 10 cases.
 
     The largest of these 90th percentiles: of the cost of models left out of the fit, over all chips and on this one,

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from harness.cli.output import say
 from harness.cluster.catalogue.models import Model
-from harness.cluster.engines.simulated import NAME, limit_args
+from harness.cluster.engines.simulated import NAME, args_of
 from harness.cluster.hardware.engine import HardwareEngine
 from harness.cluster.simulator.blocks import block_keys
 from harness.cluster.simulator.fleet import Outcomes, Router, Sample, Workload, simulate
@@ -115,7 +115,7 @@ def simulate_plan(
     tell(f"simulated {end_s:,.0f} s of {subject.replicas} x {subject.tier.name}: {steps:,} steps in {took_s:.1f} s")
     system = ServedBy(
         engine=NAME, evidence="simulated", model=subject.model.name, tier=subject.tier, engine_version=VLLM,
-        engine_args=limit_args(engine.limits), model_facts=_facts(subject),
+        engine_args=args_of(engine), model_facts=_facts(subject),
     )  # fmt: skip
     replicas = [
         Replica(index=k, base_url=url, counters_before=dict.fromkeys(last, 0.0), counters_after=last)

@@ -219,7 +219,7 @@ def _model(one: _Simulated, records: Sequence[TraceRecord], prices: dict[str, To
     engine, loaded = one.engine, one.loaded
     fleet = None
     if engine is not None and loaded.tier is not None and loaded.rate is not None:
-        cheap, dear = cost_range(engine.source, engine.chip, engine.facts)
+        cheap, dear = engine.cost_within or cost_range(engine.source, engine.chip, engine.facts)
         low, high = min(loaded.low or 0.0, loaded.rate), max(loaded.high or float("inf"), loaded.rate)
         fleet = Rented(
             usd_per_hour=loaded.tier.usd_per_hour, capacity=Bounded(loaded.rate, low / dear, high / cheap)
