@@ -151,7 +151,7 @@ def _cpu_limits(model: Model) -> Limits:
         raise UsageError(f"model {model.name}: its architecture is not known, so neither is its KV cache")
     block = CPU_BLOCK * kv_bytes_per_token(config, DTYPE_BYTES.get(model.dtype, 2))
     blocks = cpu_kv_cache_gib(model) * GIB // block - 1
-    return replace(cpu_limits(), kv_blocks=blocks, block_size=CPU_BLOCK, async_scheduling=True)
+    return replace(cpu_limits(), kv_blocks=blocks, block_size=CPU_BLOCK, async_scheduling=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,20 +4,22 @@ Each load is served again in virtual time as it was sent: slot by slot in a clos
 open one. What is compared is the logarithm of every request's TTFT and of its time from first to last token. The
 numbers sought are positive, so they are moved in their logarithms: Gauss and Newton's steps with central differences,
 each load and metric of equal weight, outliers held back (soft L1). Standard errors are those of a jackknife over
-blocks of requests that followed each other, which share steps. A number whose standard error is too large is not told
-by the runs: it is left where it was, and said.
+blocks of requests that followed each other, which share steps, or those of the fitted engine measured again and again,
+whichever are larger. A number whose standard error is too large is not told by the runs: it is left where it was, and
+said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.cluster.hardware.engine import HardwareEngine
 from harness.cluster.simulator.fleet import Workload, simulate
+from harness.cluster.simulator.step_time import NoisyStep
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -39,6 +41,8 @@ BLOCKS = 10
 """Of each load, for the jackknife, at most; as many as have `GENERATIONS` of its slots, and at least `FEWEST_BLOCKS`.
 """
 GENERATIONS, FEWEST_BLOCKS = 3, 5
+DRAWS, NOISE = 10, 0.05
+"""Times that the fitted engine is measured, with steps that are so noisy."""
 MOST_ERROR = 0.35
 """Standard error of a logarithm from which on a number counts as not told."""
 MOST_CONDITION = 30.0
@@ -139,7 +143,9 @@ def fit(loads: Sequence[Load], build: Build, numbers: Sequence[Number]) -> Fit:
     while True:
         values, jumps, slopes, left = _search(loads, build, values, [one.name for one in sought])
         square, _ = _totals(_sums(slopes, left, [1] * len(loads)))
-        spread, condition = np.hypot(_jackknife(loads, slopes, left), jumps), _condition(square)
+        engine = build(values)
+        spread = np.maximum(_jackknife(loads, slopes, left), _drawn_again(loads, engine, slopes, left))
+        spread, condition = np.hypot(spread, jumps), _condition(square)
         poor = [k for k, one in enumerate(sought) if not one.needed]
         if condition > MOST_CONDITION and poor:
             # that one without which the others are told apart best; by itself it is not told at all
@@ -221,10 +227,15 @@ def _weights(left: Sequence[Floats]) -> list[Floats]:
     return found
 
 
-def _sums(slopes: Sequence[Floats], left: Sequence[Floats], blocks: Sequence[int]) -> list[tuple[Floats, Floats]]:
-    """Of each load the two sides of the normal equations, [block, number, number] and [block, number]."""
+def _sums(
+    slopes: Sequence[Floats], left: Sequence[Floats], blocks: Sequence[int], weights: Sequence[Floats] | None = None
+) -> list[tuple[Floats, Floats]]:
+    """Of each load the two sides of the normal equations, [block, number, number] and [block, number].
+
+    ``weights``: of each residual; None: those that ``left`` makes.
+    """
     found = []
-    for slope, residuals, weight, count in zip(slopes, left, _weights(left), blocks, strict=True):
+    for slope, residuals, weight, count in zip(slopes, left, weights or _weights(left), blocks, strict=True):
         n = residuals.shape[1]
         good = np.isfinite(residuals) & np.isfinite(slope).all(axis=0)
         weight = np.where(good, weight, 0.0)
@@ -250,7 +261,10 @@ def _solved(square: Floats, side: Floats) -> Floats:
 
 
 def _jackknife(loads: Sequence[Load], slopes: Sequence[Floats], left: Sequence[Floats]) -> Floats:
-    """Standard errors of the logarithms: how the solution moves when a block of a load is left out."""
+    """Standard errors of the logarithms: how the solution moves when a block of a load is left out.
+
+    Larger for few blocks, so that 2 of them are 95 % whatever their number.
+    """
     blocks = [
         min(len(load), max(FEWEST_BLOCKS, min(BLOCKS, len(load) // (GENERATIONS * (load.concurrency or 1)))))
         for load in loads
@@ -261,5 +275,36 @@ def _jackknife(loads: Sequence[Load], slopes: Sequence[Floats], left: Sequence[F
     for squares, sides in sums:
         n = len(sides)
         moves = np.array([_solved(square - squares[k], side - sides[k]) for k in range(n)])
-        variance += (n - 1) / n * ((moves - moves.mean(axis=0)) ** 2).sum(axis=0)
+        variance += _student(n - 1) ** 2 * (n - 1) / n * ((moves - moves.mean(axis=0)) ** 2).sum(axis=0)
     return np.asarray(np.sqrt(variance))
+
+
+def _drawn_again(
+    loads: Sequence[Load], engine: HardwareEngine, slopes: Sequence[Floats], left: Sequence[Floats]
+) -> Floats:  # fmt: skip
+    """Standard errors of the logarithms by another way: how the solution moves when the fitted engine is measured.
+
+    Its steps are noisy, so who meets whom is drawn anew each time. Blocks of one run have that in common.
+    """
+    if not slopes or not len(slopes[0]):
+        return np.zeros(0)
+    draws: list[list[Floats]] = [[] for _ in loads]
+    for k in range(DRAWS):
+        noisy = replace(engine, step_time=NoisyStep(engine.step_time, NOISE, k))
+        for found, load in zip(draws, loads, strict=True):
+            served = serve(load, noisy)
+            found.append(np.where(np.isfinite(load.logarithms), _logs(served.ttft_s, served.decode_s), np.nan))
+    centres = [np.mean(found, axis=0) for found in draws]
+    weights, moves = _weights(left), []
+    for k in range(DRAWS):
+        apart = [found[k] - centre for found, centre in zip(draws, centres, strict=True)]
+        moves.append(_solved(*_totals(_sums(slopes, apart, [1] * len(loads), weights))))
+    return np.asarray(_student(DRAWS - 1) * np.std(moves, axis=0, ddof=1))
+
+
+def _student(free: int) -> float:
+    """How many times wider 95 % of Student's distribution are than those of the normal one (Abramowitz, Stegun
+    26.7.5), at 2 degrees of freedom and more.
+    """
+    z, n = 1.96, max(2, free)
+    return 1 + (z**2 + 1) / (4 * n) + (5 * z**4 + 16 * z**2 + 3) / (96 * n**2)

@@ -81,7 +81,7 @@ def calibration_of(paths: Sequence[Path]) -> ModelCalibration:
     from harness.cluster.hardware.calibration import ModelCalibration, SourceRun
     from harness.record.manifest import RunDir, now_utc
 
-    both = judged(paths, _load)
+    both = judged(paths, load_of)
     manifests = [manifest for manifest, _ in both]
     for what, value in SAME.items():
         values = list(dict.fromkeys(value(manifest) for manifest in manifests))
@@ -104,7 +104,7 @@ def calibration_of(paths: Sequence[Path]) -> ModelCalibration:
     )  # fmt: skip
 
 
-def _load(run: Run, summary: Summary) -> tuple[RunManifest, Load]:
+def load_of(run: Run, summary: Summary) -> tuple[RunManifest, Load]:
     """What a fit needs of a run. Raises `UsageError` for one that is not VALID."""
     import numpy as np
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.accuracy.calibrated import sections
 from tests.accuracy.fit import Floats
 from tests.accuracy.open_loop import Compared
 from tests.accuracy.rows import HERE, Row
@@ -65,6 +66,7 @@ def write(
     text = INTRODUCTION.format(
         rows=len(kept), refused=len(refused), sha256=index["sha256"], left_out=left_out,
         constants=", ".join(f"`{name}` {value:.3g}" for name, value in constants.items()),
+        calibrated=sections(),
         all="\n".join(f"| {LABELS[name]} | {_cells(values)} |" for name, values in found.items()),
         supported="\n".join(_lines(kept, found["chip_left_out"], found["model_left_out"])),
         others="\n".join(_lines(refused, errors(refused, others), None)),
@@ -177,6 +179,7 @@ Not simulated:
 
 IOG-Foundation/llm-inference-benchmarks (Apache-2.0, commit 4990a80), vLLM 0.8.5: {bound} for a token as the roofline.
 
+{calibrated}
 ## What nobody has held against silicon
 
 L40S and RTX PRO 6000 (kernels, but no rows), A100 40 GB and GH200 (scaled from a sister chip), all of L4, A10 and A10G

@@ -6,9 +6,11 @@ to seed. Of every number the error over its standard error; 95 of 100 should be 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -22,9 +24,7 @@ from harness.cluster.simulator.step_time import NoisyStep
 TRUTH = {
     "base_s": 0.018, "per_sequence_s": 2e-3, "per_prompt_token_s": 4e-4, "per_context_token_s": 1e-6, "arrival_s": 8e-3
 }  # fmt: skip
-LIMITS = Limits(
-    max_num_seqs=128, max_num_batched_tokens=2048, kv_blocks=4000, block_size=128, async_scheduling=True
-)  # fmt: skip
+LIMITS = Limits(max_num_seqs=128, max_num_batched_tokens=2048, kv_blocks=4000, block_size=128)
 SPREAD = 0.05
 
 
@@ -57,17 +57,25 @@ def misses(seed: int, loads: Sequence[tuple[int, int]]) -> dict[str, float]:
     return {name: float(np.log(found.values[name] / TRUTH[name])) / found.errors[name] for name in found.errors}
 
 
+LOADS = (((1, 60), (4, 80)), ((1, 60), (16, 200)), ((1, 60), (4, 80), (8, 120)))
+"""Slots and requests of each load of one fit."""
+FOUND = Path(__file__).with_name("recovery.json")
+
+
 def main(seeds: int) -> None:
-    """Print the shares."""
-    for loads in (((1, 60), (4, 80)), ((1, 60), (16, 200)), ((1, 60), (4, 80), (8, 120))):
+    """Write how often each number was found."""
+    lines = []
+    for loads in LOADS:
         found = [misses(seed, loads) for seed in range(seeds)]
         for name in TRUTH:
             mine = np.array([one[name] for one in found if name in one])
-            print(
-                f"{' and '.join(str(slots) for slots, _ in loads)} in flight, {name}: told by {len(mine)} of {seeds}, "
-                f"{np.mean(np.abs(mine) < 2):.0%} within 2 standard errors, mean {mine.mean():+.2f}, "
-                f"spread {mine.std():.2f} of them"
-            )
+            lines.append({
+                "loads": [slots for slots, _ in loads], "number": name, "seeds": seeds, "told": len(mine),
+                "within_2": round(float(np.mean(np.abs(mine) < 2)), 3), "mean": round(float(mine.mean()), 2),
+                "spread": round(float(mine.std()), 2),
+            })  # fmt: skip
+            print(lines[-1])
+    FOUND.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
