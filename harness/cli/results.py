@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -177,19 +177,49 @@ def exit_of(found: Sequence[ServingConfig], summaries: Sequence[Summary]) -> int
 Examples:
   harness export runs/20261121T234654Z-trace-smollm2-135m -o results.parquet
   harness export runs/*-sweep-* -o rows.csv
+  OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318 harness export runs/*-sweep-* --to otel
+  MLFLOW_TRACKING_URI=http://mlflow:5000 harness export runs/*-sweep-* --to mlflow
 
 One line a request, of all runs: run, model, tier, the row as it was written (times in ns, lists of gaps), and
 ttft_s, tpot_s, e2e_s, lag_s. The ending of the file says the format: .parquet, .csv, .jsonl.""",
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
-@click.option("-o", "--output", required=True, type=NEW_FILE, help="File to write; an earlier one is replaced.")
-def export(runs: Sequence[Path], output: Path) -> int:
-    """Write the rows of run directories into one file that DuckDB, Polars, pandas and spreadsheets read as it is."""
+@click.option("-o", "--output", type=NEW_FILE, help="File to write; an earlier one is replaced.")
+@click.option(
+    "--to", type=click.Choice(["otel", "mlflow"]),
+    help="Instead of a file: spans of requests over OTLP (OTEL_EXPORTER_OTLP_ENDPOINT), or parameters, figures and the "
+    "report to MLflow (MLFLOW_TRACKING_URI).",
+)  # fmt: skip
+def export(runs: Sequence[Path], output: Path | None, to: Literal["otel", "mlflow"] | None) -> int:
+    """Write the rows of run directories into one file that DuckDB, Polars, pandas and spreadsheets read as it is, or
+    send runs to another system.
+    """
+    if (output is None) == (to is None):
+        raise UsageError("say where to: -o FILE, --to otel or --to mlflow")
+    if output is None:
+        return _send(runs, to)
     from harness.analysis.report.export import export_runs
 
     rows = export_runs(find_runs(*runs), output, say)
     say(f"{output}: {rows:,} rows, {output.stat().st_size / 1e6:.1f} MB")
     print(output)
+    return EXIT_VALID
+
+
+def _send(runs: Sequence[Path], to: Literal["otel", "mlflow"] | None) -> int:
+    from harness.analysis.labels import label_runs
+    from harness.analysis.report.mlflow import MlflowExporter
+    from harness.analysis.report.otel import OtelExporter
+
+    paths = find_runs(*runs)
+    labels = iter(label_runs(paths))
+    with MlflowExporter() if to == "mlflow" else OtelExporter() as there:
+        counts = judged(paths, lambda run, summary: there.send(run, summary, next(labels)))
+    if to == "mlflow":
+        known = counts.count(0)
+        say(f"{sum(counts)} runs sent" + (f", {known} were there already" if known else ""))
+    else:
+        say(f"{sum(counts):,} spans sent, of {len(counts)} runs")
     return EXIT_VALID
 
 
