@@ -18,6 +18,7 @@ import numpy as np
 
 from harness.analysis import metrics
 from harness.analysis.arrays import Bools, Floats
+from harness.analysis.cost.cost import paid_replicas
 from harness.analysis.metrics import Counts, Tokens, Window
 from harness.analysis.rows.run import LoadKind as LoadKind
 from harness.analysis.rows.run import Rows, Run
@@ -61,7 +62,7 @@ class Fullness:
 
 def fullness(run: Run, window: Window | None, in_flight: float | None) -> Fullness:
     """How full the servers of a run were in its window; ``in_flight``: time average at the client."""
-    slots = _slots(run)
+    slots = _slots(run, window)
     running, busy = _gauge(run, window, "running"), None
     at_once = None if running is None else float(sum(batch.mean() for batch in running))
     if running is not None:
@@ -97,12 +98,17 @@ def given_load_note(full: Fullness) -> str:
     )
 
 
-def _slots(run: Run) -> int | None:
+def _slots(run: Run, window: Window | None) -> int | None:
     words = [word for arg in run.manifest.engine_args for word in arg.split("=", 1)]
     if SLOTS not in words[:-1]:
         return None
     said = words[words.index(SLOTS) + 1]
-    return int(said) * max(1, len(run.manifest.replicas)) if said.isdigit() and int(said) else None
+    if not said.isdigit() or not int(said):
+        return None
+    servers: float = len(run.manifest.replicas)
+    if window is not None and run.manifest.lives:
+        servers = paid_replicas(run.manifest, window.start_s, window.end_s)
+    return round(int(said) * max(1, servers))
 
 
 KIND_WORDS: dict[LoadKind, str] = {"open": "open loop", "closed": "closed loop", "sessions": "sessions that wait"}

@@ -15,7 +15,7 @@ from harness.analysis import metrics
 from harness.analysis.arrays import Floats
 from harness.analysis.check import Check, Verdict, verdict
 from harness.analysis.cost import simulated
-from harness.analysis.cost.cost import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost
+from harness.analysis.cost.cost import DEFAULT_RATIO, Cost, bill_usd, check_ratio, cost, paid_replicas, paid_words
 from harness.analysis.cost.split import Split, run_samples, split_bill, token_mix
 from harness.analysis.fidelity.inputs import Fidelity
 from harness.analysis.fidelity.questions import fidelity
@@ -213,7 +213,7 @@ def summarise(
     if reason is None and warm.ok is False:
         reason = REASON
     within = simulated.own_error(manifest.model_facts)
-    price = partial(cost, manifest.tier, _replicas(run), ratio=ratio, reason=reason, within=within)
+    price = partial(cost, manifest.tier, ratio=ratio, reason=reason, within=within)
     return Summary(
         schema=SCHEMA,
         run=str(run.path).encode(errors="replace").decode(),  # a path may hold bytes that no JSON can
@@ -234,7 +234,7 @@ def summarise(
         slo=judged,
         errors=_errors(run),
         cost=price(
-            window.duration_s if window else None,
+            *_paid(run, window),
             total_rate=rates.total_token_throughput,
             output_rate=rates.output_token_throughput,
             weighted_rate=weighted,
@@ -268,8 +268,7 @@ def _steady_state(
 ) -> SteadyState:
     """Throughput and price of the steady part, the same bins for tokens and for the bill."""
     total, output = steady_rates(run, window, steady, rates.total_token_throughput, rates.output_token_throughput)
-    duration_s = None if steady is None else steady.duration_s
-    paid = price(duration_s, total_rate=total, output_rate=output, weighted_rate=output, note=None)
+    paid = price(*_paid(run, steady), total_rate=total, output_rate=output, weighted_rate=output, note=None)
     return SteadyState(
         window=steady, total_token_throughput=total, output_token_throughput=output,
         usd_per_1m_total=paid.usd_per_1m_total, usd_per_1m_output_only=paid.usd_per_1m_output_only,
@@ -333,16 +332,17 @@ def measured_splits(
     tier = run.manifest.tier
     usd = usage = samples = None
     if window is not None and tier is not None:
-        usd = bill_usd(tier.usd_per_hour, _replicas(run), window.duration_s)
+        usd = bill_usd(tier.usd_per_hour, _paid(run, window)[0], window.duration_s)
         samples = run_samples(run, window)
     if tokens.input is not None and tokens.output is not None and not tokens.missing:
         usage = token_mix(tokens.input, tokens.cached_input, tokens.output)
     return split_bill(usd, usage, samples, evidence=run.evidence, cached_ratio=cached_ratio, n=n)
 
 
-def _replicas(run: Run) -> int:
-    """Servers that are paid for: each that has a page of its own, among those behind one address."""
-    return sum(len(r.metrics_urls) or 1 for r in run.manifest.replicas) or len(run.manifest.spec.base_urls)
+def _paid(run: Run, span: Window | Steady | None) -> tuple[float, float | None]:
+    """Servers that are paid for over a time, and its length, s."""
+    start_s, end_s, duration_s = (None, None, None) if span is None else (span.start_s, span.end_s, span.duration_s)
+    return paid_replicas(run.manifest, start_s, end_s), duration_s
 
 
 def _errors(run: Run) -> list[ErrorCount]:
@@ -367,8 +367,7 @@ def _assumptions(run: Run, tokens: Tokens, ratio: float) -> list[str]:
     facts = run.manifest.model_facts
     said = [
         *filter(None, (CAUTION_DUMMY if _dummy(facts) else None, simulated.words(facts))),
-        "one replica is one whole instance, paid from the first scheduled request to the last finish; idle hours, "
-        "standby and start-up are not in the price",
+        paid_words(run.manifest),
         f"the split is declared: an output token costs {ratio:g} input tokens",
         "latencies are of successful requests; intervals: 95 %, of another such run",
     ]

@@ -157,6 +157,30 @@ def _step_s(text: str) -> tuple[float, ...]:
     return values
 
 
+def _range(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:\.\.([1-9]\d{0,4}))?", text)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if most < least:
+        raise UsageError(f"{text!r}: write a number of servers like 4, or the fewest and the most, like 2..8")
+    return least, most
+
+
+def _scale_on(text: str) -> tuple[str, float]:
+    gauge, _, target = text.partition("=")
+    if gauge not in ("in-flight", "waiting") or not re.fullmatch(r"\d+(\.\d+)?", target) or not float(target):
+        raise UsageError(f"{text!r}: write the requests that each server shall have, like in-flight=32 or waiting=5")
+    return gauge, float(target)
+
+
+def _fail(text: str) -> float | tuple[tuple[int, float], ...]:
+    if "@" not in text:
+        return _duration(text)
+    parts = [part.partition("@") for part in text.split(",")]
+    if not all(number.isascii() and number.isdigit() for number, _, _ in parts):
+        raise UsageError(f"{text!r}: write a mean time between failures like 4h, or server@time like 0@300s,2@15m")
+    return tuple((int(number), _duration(at)) for number, _, at in parts)
+
+
 def _ratio(text: str) -> tuple[float, float, float | None]:
     try:
         parts = [float(part) for part in text.split(":")]
@@ -214,6 +238,12 @@ ADDRESS = Parsed("address", _address)
 """``host:port`` from ``9464`` (then 127.0.0.1) or ``0.0.0.0:9464``."""
 STEP = Parsed("step", _step_s)
 """Seconds of a step, and of each sequence, prompt token and context token in it, from milliseconds."""
+RANGE = Parsed("range", _range, lambda ends: "..".join(str(n) for n in dict.fromkeys(ends)))
+"""(fewest, most) from ``4`` or ``2..8``."""
+SCALE_ON = Parsed("gauge", _scale_on)
+"""(gauge, requests that each server shall have) from ``in-flight=32`` or ``waiting=5``."""
+FAIL = Parsed("failures", _fail)
+"""A mean time, s, from ``4h``, or (server, s) of each failure from ``0@300s,2@15m``."""
 JSON_OBJECT = Parsed("json", _json_object)
 RATIO = Parsed("ratio", _ratio, lambda ratio: ":".join(f"{part:g}" for part in ratio if part is not None))
 """(input, output, cached input or None) from ``4``, ``1:4`` or ``1:4:0.25``."""

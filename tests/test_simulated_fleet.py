@@ -101,7 +101,7 @@ def test_chunks_of_prompts_and_noise_are_told_too(tmp_path):
     trace = workload(Case("poisson", 20.0, 150.0), np.random.default_rng(2))
     load = replace(trace, arrival_s=np.zeros(len(trace)))
     asked = Requests(arrival_s=load.arrival_s, input_tokens=load.input_tokens, output_tokens=load.output_tokens)
-    took_s = simulated_engine(fitted, asked, 1, None).finished_s.max()
+    took_s = simulated_engine(fitted, asked, 1).finished_s.max()
     assert took_s == pytest.approx(np.mean([serve(load, 1, k).finished_s.max() for k in range(3)]), rel=0.008)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.cluster.simulator.blocks import KVCache, block_keys
-from harness.cluster.simulator.fleet import Outcomes, SimulatedReplica, Workload, _Fleet, simulate
+from harness.cluster.simulator.clock import SimulatedReplica
+from harness.cluster.simulator.fleet import Outcomes, Workload, simulate
 from harness.cluster.simulator.scheduler import Limits, Scheduler, Sequence
 from harness.cluster.simulator.step_time import Chunk, LinearStep, NoisyStep, PaddedStep, StepTime
 from harness.cluster.simulator.vllm_limits import graph_sizes
@@ -154,54 +154,9 @@ def test_noise_is_the_seeds_and_has_mean_one() -> None:
     assert np.array_equal(once.finished_s, again.finished_s)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 9), st.sampled_from([None, 1, 7, 64, 256]),
-    st.floats(1.0, 60.0), st.sampled_from([math.inf, 0.0, 2.0]), st.booleans(),
-    st.sampled_from([0.0, 0.000001]),
-)  # fmt: skip
-def test_replicas_one_after_the_other_are_the_replicas_together(
-    seed: int,
-    replicas: int,
-    slots: int,
-    room: int | None,
-    rate: float,
-    until_s: float,
-    noisy: bool,
-    context_s: float,
-) -> None:
-    """The fast loop (`cluster.simulator.alone`) and the plain scheduler agree to the last bit."""
-    rng = np.random.default_rng(seed)
-    # some come at the same moment, and some when a step ends
-    arrival_s = np.cumsum(rng.exponential(1 / rate, 80) * rng.integers(0, 2, 80)).round(rng.integers(2, 6))
-    load = Workload(
-        arrival_s=arrival_s, input_tokens=rng.integers(0, 500, 80), output_tokens=rng.geometric(0.1, 80)
-    )  # fmt: skip
-    limits = Limits(max_num_seqs=slots, max_num_batched_tokens=room)
-    linear = LinearStep(0.02, 0.0015, 0.00002, context_s)
-
-    def steps() -> list[LinearStep | NoisyStep]:
-        return [NoisyStep(linear, 0.2, seed + r) if noisy else linear for r in range(replicas)]
-
-    together = _Fleet(load, limits, steps(), "round robin", None)
-    together.run(until_s)
-    plain, found = together.outcome(), simulate(load, limits, steps(), until_s=until_s)
-    said = simulate(load, limits, steps(), router=np.arange(80) % replicas, until_s=until_s)
-    assert plain.cached_tokens is found.cached_tokens is said.cached_tokens is None
-    for one, other, third in zip(*(astuple(whole)[:6] for whole in (plain, found, said)), strict=True):
-        for a, b, c in zip(one, other, third, strict=True):
-            assert np.array_equal(a, b, equal_nan=True) and np.array_equal(a, c, equal_nan=True)
-
-
 def test_noise_is_the_gauss_of_the_standard_library() -> None:
     step, draw = NoisyStep(STEP, 0.3, 11), random.Random(11).gauss
     assert [step([], 2, 0) for _ in range(50)] == [0.023 * math.exp(draw(-(0.3**2) / 2, 0.3)) for _ in range(50)]
-
-
-def test_who_serves_is_not_said_beforehand_where_requests_wait() -> None:
-    load = workload([0.0, 0.0], [0, 0], [1, 1], after=np.array([-1, 0]))
-    with pytest.raises(ValueError, match="beforehand"):
-        simulate(load, EIGHT, [STEP], router=np.zeros(2, dtype=np.int64))
 
 
 def test_work_is_that_of_vllm_by_hand() -> None:

@@ -94,8 +94,19 @@ class ServedTimes:
     finished_s: Floats
 
 
-Engine = Callable[[FittedEngine, Requests, int, Ints | None], ServedTimes]
-"""What so many replicas make of requests, in virtual time; the last: who serves each, None: the next in turn.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """How many replicas there shall be from each moment on, on the clock of the arrivals."""
+
+    at_s: Floats
+    """Ascending; before the first there are as many as from then on."""
+    replicas: Ints
+    start_s: float
+    """Until what is new answers."""
+
+
+Engine = Callable[[FittedEngine, Requests, int | Changes], ServedTimes]
+"""What so many replicas, which take requests in turn, make of them in virtual time.
 
 `analysis` does not import the simulator: the command line hands it in.
 """
@@ -213,7 +224,7 @@ def confirmed(
     best, least = fitted, np.inf
     for chunk in PROMPT_CHUNKS:
         one = replace(fitted, max_num_batched_tokens=chunk, overhead_s=0.0)
-        replayed = [engine(one, run.requests, run.replicas, None) for run in runs]
+        replayed = [engine(one, run.requests, run.replicas) for run in runs]
         # of the lightest load, where hardly anyone waits for others
         beyond = [run.first_s - served.first_token_s for run, served in zip(runs, replayed, strict=True)]
         light = int(np.argmin([(run.first_s - run.sent_s).mean() for run in runs]))
@@ -224,7 +235,7 @@ def confirmed(
     best = _at_measured_speed(best, engine, runs)
     ends = [best.slower(1 + LARGEST_SPEED_ERROR), best.slower(1 - LARGEST_SPEED_ERROR)]
     for run in runs:
-        replayed = [delayed(engine(one, run.requests, run.replicas, None), best.overhead_s) for one in ends]
+        replayed = [delayed(engine(one, run.requests, run.replicas), best.overhead_s) for one in ends]
         for criterion in criteria:
             share = float(within(run.requests, run.served, criterion).mean())
             low, high = (float(within(run.requests, served, criterion).mean()) for served in replayed)
@@ -250,7 +261,7 @@ def _at_measured_speed(fitted: FittedEngine, engine: Engine, runs: Sequence[Obse
 
     factors = (1 - LARGEST_SPEED_ERROR, 1.0, 1 + LARGEST_SPEED_ERROR)
     took_s = [
-        decode_s([engine(fitted.slower(factor), run.requests, run.replicas, None) for run in runs])
+        decode_s([engine(fitted.slower(factor), run.requests, run.replicas) for run in runs])
         for factor in factors
     ]  # fmt: skip
     measured_s = sum(float((run.last_s - run.first_s).sum()) for run in runs)

@@ -7,8 +7,8 @@ that what was chance in the demand does not count twice. A fleet is large enough
 95 % of the resamples meet the SLO in every minute.
 
 A fleet that follows the demand is replayed in the same way. A new instance takes its share of new requests from the
-moment it answers, and none that already wait elsewhere; one that is given back takes no new requests and finishes what
-it has.
+moment it answers, and none that already wait elsewhere; one that is given back takes no new requests, finishes what
+it has, and does not come back: the next one begins empty.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 
 from harness.analysis.arrays import Bools, Floats
 from harness.analysis.capacity.fitted_engine import (
+    Changes,
     Engine,
     FittedEngine,
     NotFittedError,
@@ -102,7 +103,7 @@ def size_fleet(
             yield resampled(busy, factor, reach_s, np.random.default_rng([seed, k]))
 
     def worst_of(requests: Requests, replicas: int) -> tuple[float, bool]:
-        served = delayed(engine(fitted, requests, replicas, None), fitted.overhead_s)
+        served = delayed(engine(fitted, requests, replicas), fitted.overhead_s)
         return _worst_minute(requests, served, criteria)
 
     def tell(replicas: int, *, enough: bool) -> bool:
@@ -181,9 +182,11 @@ def follow(
     requests = demand.chosen(_affordable(demand, fitted, factor, per_instance * int(plan.target.max() + spares)))
     if factor != 1:
         requests = resampled(requests, factor, even_s(requests.arrival_s), np.random.default_rng([seed, 0]))
-    replicas = (plan.up(requests.arrival_s - began_s) + spares) * per_instance
-    owner = np.arange(len(requests)) % replicas
-    served = delayed(engine(fitted, requests, int(replicas.max(initial=1)), owner), fitted.overhead_s)
+    changes = Changes(
+        at_s=began_s + MINUTE_S * np.arange(len(plan.target)), replicas=(plan.target + spares) * per_instance,
+        start_s=plan.start_s,
+    )  # fmt: skip
+    served = delayed(engine(fitted, requests, changes), fitted.overhead_s)
     found = [(within(requests, served, one), one.wanted) for one in criteria]
     kept, wanted = min(found, key=lambda pair: float(pair[0].mean()) - pair[1])
     return Kept(

@@ -1,6 +1,7 @@
 """What the tokens of a run cost: the bill of its window over the tokens served in it.
 
-Assumption, stated in every summary: one replica is one whole instance of its tier, paid for the whole window.
+Assumption, stated in every summary: one replica is one whole instance of its tier, paid for the whole window, or for
+the part of it in which it was rented.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from harness.analysis.cost.simulated import Within, widened
 from harness.analysis.cost.split import Split, TokenMix, by_ratio, not_identifiable
 from harness.analysis.stats.intervals import MIN_SAMPLES, Quantity, at_list_price
 from harness.errors import UsageError
-from harness.record.manifest import Tier
+from harness.record.manifest import RunManifest, Tier
 
 OUTPUT_ONLY = "output (which carry the whole bill)"
 DEFAULT_RATIO = 4.0
@@ -23,9 +24,31 @@ HOURS_PER_YEAR = 8760.0
 HOURS_PER_MONTH = HOURS_PER_YEAR / 12
 
 
-def bill_usd(usd_per_hour: float, replicas: int, duration_s: float) -> float:
+def bill_usd(usd_per_hour: float, replicas: float, duration_s: float) -> float:
     """Cost of the window, USD: usd_per_hour x replicas x hours."""
     return usd_per_hour * replicas * duration_s / 3600
+
+
+def paid_replicas(run: RunManifest, start_s: float | None, end_s: float | None) -> float:
+    """Servers that are paid for between two moments, s after the common start: on average where they come and go.
+
+    Each that has a page of its own counts, among those behind one address. One that starts or drains is paid, too.
+    """
+    if run.lives and start_s is not None and end_s is not None:
+        ends = [end_s if life.ended_s is None else min(end_s, life.ended_s) for life in run.lives]
+        paid_s = sum(max(0.0, end - max(start_s, life.asked_s)) for life, end in zip(run.lives, ends, strict=True))
+        return paid_s / (end_s - start_s)
+    return sum(len(r.metrics_urls) or 1 for r in run.replicas) or len(run.spec.base_urls)
+
+
+def paid_words(run: RunManifest) -> str:
+    """What a bill takes for granted."""
+    if run.lives:
+        return "one replica is one whole instance, paid from when it is asked for until it is given back or fails"
+    return (
+        "one replica is one whole instance, paid from the first scheduled request to the last finish; idle hours, "
+        "standby and start-up are not in the price"
+    )
 
 
 def usd_per_1m(usd: float, tokens: float) -> float:
@@ -70,7 +93,8 @@ class Cost:
     splits: Sequence[Split]
     bill_usd: float | None
     usd_per_hour: float | None
-    replicas: int
+    replicas: float
+    """Whole, but for servers that come and go: their mean number."""
     purchase: str | None
     region: str | None
     source: str | None
@@ -86,7 +110,7 @@ def check_ratio(ratio: float) -> None:
 
 
 def cost(
-    tier: Tier | None, replicas: int, duration_s: float | None, *, total_rate: Quantity, output_rate: Quantity,
+    tier: Tier | None, replicas: float, duration_s: float | None, *, total_rate: Quantity, output_rate: Quantity,
     weighted_rate: Quantity, ratio: float, reason: str | None, note: str | None, splits: Sequence[Split] = (),
     within: Within | None = None,
 ) -> Cost:  # fmt: skip

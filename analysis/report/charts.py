@@ -8,6 +8,7 @@ nothing is known; lines only guide the eye. Source of these axes: InferenceMAX's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -39,7 +40,7 @@ def run_charts(run: Run, summary: Summary, found: Curves, linked: str) -> dict[s
     spread = _share_of(m.ttft, "TTFT", "successful requests", both, asked)
     spread += _share_of(m.itl, "ITL", "gaps between tokens", {"ITL": found.grids["itl"]}, asked)
     lag = _lag(run, summary, found, asked, linked) if found.grids["lag"].sum() else []
-    return {"latency": spread, "time": _timeline(summary, found, limits, linked), "lag": lag}
+    return {"latency": spread, "time": _timeline(run, summary, found, limits, linked), "lag": lag}
 
 
 def _limits_of(summary: Summary) -> Limits:
@@ -110,11 +111,36 @@ def _two_lines(grid: Floats, requests: int, share: float = 0.99) -> list[PlotLin
     ]
 
 
-def _timeline(summary: Summary, found: Curves, limits: Limits, linked: str) -> list[Chart]:
+def _servers(run: Run, found: Curves, linked: str) -> list[Chart]:
+    """Servers over time, where they come and go."""
+    if not (lives := run.manifest.lives):
+        return []
+    begins = {"paid for": [one.asked_s for one in lives], "take requests": [one.ready_s for one in lives]}
+    ends = {
+        "paid for": [one.ended_s for one in lives],
+        "take requests": [one.ended_s if one.drains_s is None else one.drains_s for one in lives],
+    }
+    counts = {
+        name: sum(
+            ((found.time_s >= begin) & (found.time_s < (math.inf if end is None else end))).astype(np.float64)
+            for begin, end in zip(begins[name], ends[name], strict=True)
+        )
+        for name in begins
+    }
+    lines = [
+        PlotLine(name=name, y=_points(np.asarray(count)), color=color, shape="step")
+        for (name, count), color in zip(counts.items(), ("muted", "accent"), strict=True)
+    ]
+    failed = sum(one.failed for one in lives)
+    said = f"{len(lives)} in all, {failed} of which failed"
+    return [_over_time(found, linked, "Servers", "servers", lines, said, small=True)]
+
+
+def _timeline(run: Run, summary: Summary, found: Curves, limits: Limits, linked: str) -> list[Chart]:
     """Load, in flight, latency and tokens on one time axis; server queue and KV cache where the server told."""
     spoken = {"ttft": _spoken(summary.metrics.ttft), "itl": _spoken(summary.metrics.itl)}
     counts = summary.requests
-    return timeline(
+    return _servers(run, found, linked) + timeline(
         found, limits, linked, spoken, open_loop=summary.load.mode == "open", sent=counts.sent,
         succeeded=counts.succeeded,
     )  # fmt: skip

@@ -1,182 +1,31 @@
-"""Engines in virtual time: a workload in, the time of every token out.
+"""Replicas in virtual time: a workload in, the time of every token out.
 
-A request that comes while a step runs is seen when that step ends (with asynchronous scheduling, when the step after it
-ends); one that comes to an idle engine begins a step.
+Replicas go on apart from each other: each is taken up to a moment only when somebody asks it, so that a fleet costs
+hardly more than its requests. Where the end of a request sends another one (sessions that wait, a closed loop), they go
+on together, whoever is earliest first.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from array import array
-from collections.abc import Hashable, Mapping
+from collections import deque
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from harness.cluster.simulator.alone import serve_alone
+from harness.cluster.simulator.clock import SimulatedReplica
+from harness.cluster.simulator.elastic import Autoscaler, Elastic, PlannedReplicas
 from harness.cluster.simulator.routing import Router as Router
 from harness.cluster.simulator.routing import Routing
-from harness.cluster.simulator.scheduler import Limits, Scheduler, Sequence
-from harness.cluster.simulator.step_time import Chunk, StepTime, many_steps
+from harness.cluster.simulator.scheduler import Limits, Sequence
+from harness.cluster.simulator.step_time import StepTime
+from harness.cluster.simulator.workload import Outcomes as Outcomes
+from harness.cluster.simulator.workload import ReplicaLife, Sample
+from harness.cluster.simulator.workload import Workload as Workload
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-
-COUNTED: Ints = np.arange(4096)
-"""Steps that are skipped at once, at most."""
-FEW = 4
-"""So many steps are sooner gone through one by one."""
-
-
-class SimulatedReplica:
-    """One engine and its clock: a step begins, and later it ends."""
-
-    def __init__(self, limits: Limits, step_time: StepTime) -> None:
-        self.scheduler = Scheduler(limits)
-        self.step_time = step_time
-        self.next_s = math.inf
-        """When the step in progress ends, or else the next can begin; inf: there is nothing to do."""
-        self.step_end_s = array("d")
-        """When each step ended."""
-        self._in_step = False
-        self._plans_ahead = limits.async_scheduling
-        self._ahead: tuple[list[Chunk], int, int] | None = None
-        """What the step after the one in progress works on, where it is planned while that runs."""
-        self._many = many_steps(step_time)
-        self._took_s = 0.0
-        """By the step in progress."""
-
-    def submit(self, sequence: Sequence, at_s: float) -> None:
-        """A request comes. What is to happen before ``at_s`` must have happened; the step that begins then sees it."""
-        self.scheduler.add(sequence)
-        if self.next_s == math.inf:
-            self.next_s = at_s
-
-    def advance(self) -> list[Sequence]:
-        """What happens at ``next_s``: a step begins, or it ends; the sequences that ended with it."""
-        scheduler = self.scheduler
-        if not self._in_step:
-            self._in_step = True
-            self._took_s = self.step_time(*(self._ahead or scheduler.begin()))
-            self.next_s += self._took_s
-            if self._plans_ahead:
-                chunks, decoding, context = scheduler.begin()
-                self._ahead = (chunks, decoding, context) if chunks or decoding else None
-            return []
-        self._in_step = False
-        self.step_end_s.append(self.next_s)
-        done = scheduler.end()
-        if done and not scheduler.in_flight:
-            self.next_s = math.inf
-        return done
-
-    def skip(self, before_s: float) -> None:
-        """What `advance` does in steps in which nothing changes but lengths, as far as they end before ``before_s``.
-
-        The same to the last bit, and much faster: steps are laid end to end by NumPy.
-        """
-        scheduler, ahead = self.scheduler, self._ahead
-        if not self._in_step or self.next_s >= before_s or (ahead is not None and ahead[0]):
-            return
-        steps = scheduler.steady()
-        if steps < FEW:
-            return
-        steps = int(min(steps, len(COUNTED), (before_s - self.next_s) / max(self._took_s, 1e-9) + 2))
-        decoding = len(scheduler.decoding)
-        context = scheduler.context if ahead is None else ahead[2]
-        if self._many is None:
-            done = 0
-            while done < steps and self.next_s < before_s:
-                self.step_end_s.append(self.next_s)
-                self._took_s = self.step_time((), decoding, context + decoding * done)
-                self.next_s += self._took_s
-                done += 1
-        else:
-            ends = np.empty(steps + 1)
-            ends[0] = self.next_s
-            ends[1:] = self._many(decoding, context + decoding * COUNTED[:steps])
-            self._took_s = float(ends[-1])
-            np.add.accumulate(ends, out=ends)
-            done = int(np.searchsorted(ends[:-1], before_s))
-            self.step_end_s.frombytes(ends[:done].tobytes())
-            self.next_s = float(ends[done])
-        scheduler.skip(done)
-        if ahead is not None:
-            self._ahead = ahead[0], decoding, context + decoding * done
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """Requests, each array of one length."""
-
-    arrival_s: Floats
-    """When each comes, in order. Of one that waits (``after``) not earlier than this. Ignored in a closed loop."""
-    input_tokens: Ints
-    output_tokens: Ints
-    after: Ints | None = None
-    """Index of the request whose end each waits for, below its own; -1: none. None: nobody waits."""
-    think_s: Floats | None = None
-    """Between that end and this request; None: 0."""
-    delay_s: Floats | None = None
-    """From when a request comes until the engine has it: HTTP, tokenizer, processes. None: 0."""
-    keys: Items[Items[Hashable]] | None = None
-    """Of each request, for its full blocks of prompt and answer that others may share (`blocks.block_keys`)."""
-    session: Ints | None = None
-    """Number of the session of each request; for a router that keeps them together."""
-
-    def __len__(self) -> int:
-        return len(self.input_tokens)
-
-
-class Sample(NamedTuple):
-    """The state of a replica at one moment."""
-
-    at_s: float
-    running: int
-    waiting: int
-    kv_free: int | None
-    """Blocks; None: nobody counts them."""
-    preemptions: int
-    """So far."""
-    steps: int
-    """That have ended so far."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcomes:
-    """What became of each request of a workload. NaN: it did not come so far."""
-
-    due_s: Floats
-    """When it came: its arrival, the end of its predecessor and its think time, or when its slot was free."""
-    first_token_s: Floats
-    finished_s: Floats
-    replica: Ints
-    """Who served it; -1: it never came."""
-    first_step: Ints
-    """Of its replica; -1: it had no token."""
-    step_end_s: Items[Floats]
-    """When each step of each replica ended."""
-    resumed: Mapping[int, Items[tuple[int, int]]] = field(default_factory=dict)
-    """Of each request that was thrown out and went on, each time: tokens it had, and the step that gave the next."""
-
-    cached_tokens: Ints | None = None
-    """Of each prompt, in the KV cache when it was first admitted; -1: it never was. None: nothing is shared."""
-    samples: Items[Items[Sample]] = ()
-    """Of each replica, where they were asked for."""
-
-    def token_s(self, request: int, output_tokens: int) -> Floats:
-        """When each token of a request came; those up to the end of the simulation."""
-        first = int(self.first_step[request])
-        if first < 0:
-            return np.zeros(0)
-        ends = self.step_end_s[int(self.replica[request])]
-        parts = [(0, first), *self.resumed.get(request, ()), (output_tokens, 0)]
-        return np.concatenate([ends[step : step + until - had] for (had, step), (until, _) in pairwise(parts)])
+Event = Literal["ready", "fail", "resize", "decide"]
 
 
 def simulate(
@@ -184,107 +33,70 @@ def simulate(
     limits: Limits,
     step_times: Items[StepTime],
     *,
-    router: Router | Ints = "round robin",
+    router: Router = "round robin",
     concurrency: int | None = None,
     until_s: float = math.inf,
     sample_s: float | None = None,
     stale_s: float = 0.0,
+    elastic: Elastic | None = None,
 ) -> Outcomes:
     """Serve ``workload`` on as many replicas as there are step times (one of its own each, for those with state).
 
-    ``router``: or the replica of each request, in an open loop where nobody waits. ``concurrency``: a closed loop of so
-    many slots, which take the requests in order. ``until_s``: what ends or comes later does not. ``sample_s``: how far
-    apart replicas are sampled, from that time on until they are idle for good; None: they are not. ``stale_s``: how far
-    apart the router asks replicas how many they have; 0: it always knows.
+    ``concurrency``: a closed loop of so many slots, which take the requests in order. ``until_s``: what ends or comes
+    later does not. ``sample_s``: how far apart replicas are sampled, from that time on until they are idle for good;
+    None: they are not. ``stale_s``: how far apart the router asks replicas how many they have; 0: it always knows.
+    ``elastic``: how replicas come and go, None: they do not; one that is started then takes the step times in turn. Who
+    is ready the router knows at once.
 
     Raises ValueError for a workload that is out of order.
     """
-    beforehand = concurrency is None and workload.after is None
-    if not isinstance(router, str) and not beforehand:
-        raise ValueError("who serves a request cannot be said beforehand where requests wait for others")
-    plain = limits.is_plain and sample_s is None and workload.delay_s is None
-    if beforehand and plain and (not isinstance(router, str) or router == "round robin"):
-        owner = np.arange(len(workload)) % len(step_times) if isinstance(router, str) else router
-        return _each_alone(workload, limits, step_times, owner, until_s)
-    fleet = _Fleet(workload, limits, step_times, router, concurrency, sample_s, stale_s)
+    fleet = _Fleet(workload, limits, step_times, router, concurrency, sample_s, stale_s, elastic)
     fleet.run(until_s)
     return fleet.outcome()
-
-
-def _each_alone(
-    workload: Workload, limits: Limits, step_times: Items[StepTime], owner: Ints, until_s: float
-) -> Outcomes:  # fmt: skip
-    """Replicas whose requests are known beforehand, one after the other: the same as `_Fleet`, faster."""
-    _check_open(workload)
-    n = len(workload)
-    came = workload.arrival_s < until_s
-    finished_s, first_step, ends = np.full(n, np.nan), np.full(n, -1, dtype=np.int64), []
-    for r, step_time in enumerate(step_times):
-        mine = np.flatnonzero(came & (owner == r))
-        outputs = workload.output_tokens[mine]
-        found = serve_alone(
-            workload.arrival_s[mine].tolist(), workload.input_tokens[mine].tolist(), outputs.tolist(), limits,
-            step_time, until_s,
-        )  # fmt: skip
-        end_s, first = np.array(found[0], dtype=np.float64), np.array(found[1], dtype=np.int64)
-        last = first + outputs - 1
-        done = (first >= 0) & (last < len(end_s))
-        finished_s[mine[done]] = end_s[last[done]]
-        first_step[mine] = first
-        ends.append(end_s)
-    return Outcomes(
-        due_s=np.where(came, workload.arrival_s, np.nan), first_token_s=_first_token_s(owner, first_step, ends),
-        finished_s=finished_s, replica=np.where(came, owner, -1), first_step=first_step, step_end_s=ends,
-    )  # fmt: skip
-
-
-def _check_open(workload: Workload) -> None:
-    if np.any(np.diff(workload.arrival_s) < 0):
-        raise ValueError("arrivals must be in order")
-    if len(bad := np.flatnonzero((workload.output_tokens < 1) | (workload.input_tokens < 0))):
-        k = bad[0]
-        raise ValueError(f"request {k}: {workload.input_tokens[k]} in, {workload.output_tokens[k]} out")
-
-
-def _first_token_s(owner: Ints, first_step: Ints, ends: Items[Floats]) -> Floats:
-    first_s = np.full(len(owner), np.nan)
-    for r, end_s in enumerate(ends):
-        mine = (owner == r) & (first_step >= 0)
-        first_s[mine] = end_s[first_step[mine]]
-    return first_s
 
 
 class _Fleet:
     """Replicas, what is still to come to them, and what became of what came."""
 
     def __init__(
-        self, workload: Workload, limits: Limits, step_times: Items[StepTime], router: Router | Ints,
-        concurrency: int | None, sample_s: float | None = None, stale_s: float = 0.0,
+        self, workload: Workload, limits: Limits, step_times: Items[StepTime], router: Router,
+        concurrency: int | None, sample_s: float | None, stale_s: float, elastic: Elastic | None,
     ) -> None:  # fmt: skip
         n = len(workload)
-        self.sample_s = sample_s
-        self.samples: list[list[Sample]] = [[] for _ in step_times]
-        self.replicas = [SimulatedReplica(limits, step_time) for step_time in step_times]
-        self.said = None if isinstance(router, str) else router
+        self.sample_s, self.elastic = sample_s, elastic
+        self.limits, self.step_times = limits, step_times
+        self.replicas: list[SimulatedReplica] = []
+        self.lives: list[ReplicaLife] = []
+        self.samples: list[list[Sample]] = []
         self.routing = Routing(
-            router if isinstance(router, str) else "round robin", [one.scheduler for one in self.replicas],
-            sessions=None if workload.session is None else workload.session.tolist(), keys=workload.keys,
+            router, sessions=None if workload.session is None else workload.session.tolist(), keys=workload.keys,
             stale_s=stale_s,
         )  # fmt: skip
+        self.going: dict[int, SimulatedReplica] = {}
+        """Those that answer or drain, by number."""
+        self.happening: list[tuple[float, int, Event, int]] = []
+        """What is to happen to the fleet: when, a number that orders what happens at once, what, and to which replica
+        (to resize: how many there shall be)."""
+        self.planned = 0
+        self.decided: deque[tuple[float, int]] = deque()
+        for _ in step_times:
+            self._launch(0.0, start_s=0.0)
+        self._expect()
         self.closed = concurrency is not None
         waits = workload.after is not None and not self.closed
         if not self.closed and not waits:
-            _check_open(workload)
+            workload.check_open()
         self.dynamic = waits or self.closed
         self.due_s, self.finished_s = np.full(n, np.nan), np.full(n, np.nan)
         self.owner, self.first_step = np.full(n, -1, dtype=np.int64), np.full(n, -1, dtype=np.int64)
         self.keys = workload.keys
         self.cached = np.full(n, -1, dtype=np.int64) if limits.prefix_cache else None
         self.resumed: dict[int, Items[tuple[int, int]]] = {}
+        self.lost_s: dict[int, float] = {}
         self.inputs, self.outputs = workload.input_tokens.tolist(), workload.output_tokens.tolist()
         self.earliest_s = [0.0] * n if self.closed else workload.arrival_s.tolist()
         self.think_s = [0.0] * n if workload.think_s is None else workload.think_s.tolist()
-        self.followers = _followers(workload) if waits else {}
+        self.followers = workload.followers() if waits else {}
         self.queued = iter(range(min(concurrency or 0, n), n)) if self.closed else iter(())
         first = range(min(concurrency, n)) if concurrency is not None else range(n)
         free = [k for k in first if not waits or workload.after is None or workload.after[k] < 0]
@@ -302,53 +114,72 @@ class _Fleet:
         """Everything that happens before ``until_s``."""
         sampled = 1
         while True:
-            over = not self.coming and all(replica.next_s == math.inf for replica in self.replicas)
-            limit_s = until_s
+            over = not self.coming and all(one.next_s == math.inf for one in self.going.values())
+            sample_s = until_s
             if self.sample_s is not None and not (over and sampled > 1):
-                limit_s = min(until_s, sampled * self.sample_s)
+                sample_s = min(until_s, sampled * self.sample_s)
+            happens_s = self.happening[0][0] if self.happening and not over else math.inf
+            limit_s = min(sample_s, happens_s)
             if self.dynamic:
                 self._advance_together(limit_s)
-            else:
-                self._advance_apart(min(self.coming[0][0], limit_s) if self.coming else limit_s)
             if self.coming and self.coming[0][0] < limit_s:
                 self._send()
-            elif limit_s < until_s:
-                self._sample(limit_s)
+                continue
+            if not self.dynamic:
+                self._advance_all(limit_s)
+            if happens_s <= sample_s and happens_s < until_s:
+                at_s, _, what, number = heapq.heappop(self.happening)
+                self._happen(at_s, what, number)
+            elif sample_s < until_s:
+                self._sample(sample_s)
                 sampled += 1
             else:
                 return
 
     def _send(self) -> None:
         at_s, k = heapq.heappop(self.coming)
-        chosen = self.routing.choose(k, at_s) if self.said is None else int(self.said[k])
+        if not self.routing.ready:
+            self._lose(k, at_s)
+            return
+        if self.routing.asks(k, at_s) and not self.dynamic:
+            self._advance_all(at_s)
+        chosen = self.routing.choose(k, at_s)
+        replica = self.replicas[chosen]
+        if not self.dynamic:
+            self._advance(replica, chosen, at_s)
         self.owner[k] = chosen
         keys = () if self.keys is None else self.keys[k]
-        self.replicas[chosen].submit(Sequence(k, self.inputs[k], self.outputs[k], keys=keys), at_s)
+        replica.submit(Sequence(k, self.inputs[k], self.outputs[k], keys=keys), at_s)
 
     def _sample(self, at_s: float) -> None:
-        for replica, samples in zip(self.replicas, self.samples, strict=True):
+        for life, replica, samples in zip(self.lives, self.replicas, self.samples, strict=True):
             one = replica.scheduler
-            samples.append(Sample(at_s, len(one.running), len(one.waiting), one.kv_free, one.preemptions, one.step))
+            if life.ended_s is None:
+                samples.append(Sample(at_s, len(one.running), len(one.waiting), one.kv_free, one.preemptions, one.step))
+            else:
+                samples.append(Sample(at_s, 0, 0, self.limits.kv_blocks, one.preemptions, one.step))
 
-    def _advance_apart(self, end_s: float) -> None:
-        for replica in self.replicas:
-            while replica.next_s < end_s:
-                replica.skip(end_s)
-                if (now_s := replica.next_s) < end_s and (done := replica.advance()):
-                    self._ended(done, now_s)
+    def _advance_all(self, end_s: float) -> None:
+        for number, replica in self.going.items():
+            if replica.next_s < end_s:
+                self._advance(replica, number, end_s)
+
+    def _advance(self, replica: SimulatedReplica, number: int, end_s: float) -> None:
+        while done := replica.run(end_s):
+            self._ended(done, replica.step_end_s[-1], number)
 
     def _advance_together(self, until_s: float) -> None:
         """Up to the next request; whoever is earliest goes first, since an end there may send a request anywhere."""
-        while True:
-            replica = min(self.replicas, key=lambda one: one.next_s)
+        while self.going:
+            number, replica = min(self.going.items(), key=lambda one: one[1].next_s)
             end = min(self.coming[0][0], until_s) if self.coming else until_s
             if replica.next_s >= end:
                 return
-            replica.skip(min([end, *(one.next_s for one in self.replicas if one is not replica)]))
+            replica.skip(min([end, *(one.next_s for one in self.going.values() if one is not replica)]))
             if (now_s := replica.next_s) < end:
-                self._ended(replica.advance(), now_s)
+                self._ended(replica.advance(), now_s, number)
 
-    def _ended(self, done: Items[Sequence], now_s: float) -> None:
+    def _ended(self, done: Items[Sequence], now_s: float, number: int) -> None:
         for sequence in done:
             k = sequence.number
             self.finished_s[k], self.first_step[k] = now_s, sequence.first_step
@@ -356,10 +187,109 @@ class _Fleet:
                 self.cached[k] = sequence.cached
             if sequence.resumed:
                 self.resumed[k] = sequence.resumed
-            if (following := next(self.queued, None)) is not None:
-                self._due(following, now_s)
-            for follower in self.followers.get(k, ()):
-                self._due(follower, max(now_s + self.think_s[follower], self.earliest_s[follower]))
+            if self.dynamic:
+                self._follow(k, now_s)
+        if done and self.lives[number].drains_s is not None and not self.replicas[number].scheduler.in_flight:
+            self.lives[number].ended_s = now_s
+
+    def _follow(self, k: int, now_s: float) -> None:
+        """A request has ended, well or not: who waited for that is due."""
+        if (following := next(self.queued, None)) is not None:
+            self._due(following, now_s)
+        for follower in self.followers.get(k, ()):
+            self._due(follower, max(now_s + self.think_s[follower], self.earliest_s[follower]))
+
+    def _lose(self, k: int, now_s: float) -> None:
+        self.lost_s[k] = now_s
+        self._follow(k, now_s)
+
+    def _expect(self) -> None:
+        """What happens to the fleet whatever becomes of it."""
+        if self.elastic is None:
+            return
+        for at_s, number in self.elastic.failures.at_s:
+            self._plan(at_s, "fail", number)
+        scaling = self.elastic.scaling
+        if isinstance(scaling, PlannedReplicas):
+            for at_s, replicas in zip(scaling.at_s, scaling.replicas, strict=True):
+                self._plan(at_s, "resize", replicas)
+        elif scaling is not None:
+            self._plan(scaling.every_s, "decide", 0)
+
+    def _plan(self, at_s: float, what: Event, number: int) -> None:
+        self.planned += 1
+        heapq.heappush(self.happening, (at_s, self.planned, what, number))
+
+    def _happen(self, at_s: float, what: Event, number: int) -> None:
+        if what == "ready":
+            self._ready(number, at_s)
+        elif what == "fail":
+            self._fail(number, at_s)
+        elif what == "resize":
+            self._resize(number, at_s)
+        else:
+            assert self.elastic is not None and isinstance(self.elastic.scaling, Autoscaler)
+            scaling = self.elastic.scaling
+            ready = [self.replicas[k].scheduler for k in self.routing.ready]
+            total = sum(len(one.waiting) if scaling.gauge == "waiting" else one.in_flight for one in ready)
+            self._resize(scaling.wanted(at_s, total, len(self._staying()), self.decided), at_s)
+            self._plan(at_s + scaling.every_s, "decide", 0)
+
+    def _launch(self, asked_s: float, start_s: float) -> None:
+        number = len(self.replicas)
+        self.replicas.append(SimulatedReplica(self.limits, self.step_times[number % len(self.step_times)]))
+        self.lives.append(ReplicaLife(asked_s=asked_s, ready_s=asked_s + start_s))
+        before = self.samples[0] if self.samples else []
+        self.samples.append([Sample(one.at_s, 0, 0, self.limits.kv_blocks, 0, 0) for one in before])
+        if start_s:
+            self._plan(asked_s + start_s, "ready", number)
+        else:
+            self._ready(number, asked_s)
+
+    def _ready(self, number: int, at_s: float) -> None:
+        if self.lives[number].ended_s is not None:
+            return
+        self.going[number] = self.replicas[number]
+        self.routing.join(number, self.replicas[number].scheduler)
+        lives_s = math.inf if self.elastic is None else self.elastic.failures.after_s(number)
+        if lives_s < math.inf:
+            self._plan(at_s + lives_s, "fail", number)
+
+    def _fail(self, number: int, at_s: float) -> None:
+        """All that it has is lost, and another is started unless this one was to be given back."""
+        if number >= len(self.lives) or self.lives[number].ended_s is not None:
+            return
+        life, replica = self.lives[number], self.replicas[number]
+        life.ended_s, life.failed = at_s, True
+        self._leave(number)
+        replica.next_s = math.inf
+        for sequence in list(replica.scheduler.sequences()):
+            if self.cached is not None:
+                self.cached[sequence.number] = sequence.cached
+            self._lose(sequence.number, at_s)
+        if life.drains_s is None:
+            assert self.elastic is not None
+            self._launch(at_s, self.elastic.start_s)
+
+    def _resize(self, replicas: int, at_s: float) -> None:
+        """Ask for more, or give the newest back: they finish what they have, and those that still start go at once."""
+        staying = self._staying()
+        assert self.elastic is not None
+        for _ in range(replicas - len(staying)):
+            self._launch(at_s, self.elastic.start_s)
+        for number in staying[replicas:]:
+            self.lives[number].drains_s = at_s
+            if not self.replicas[number].scheduler.in_flight:
+                self.lives[number].ended_s = at_s
+            self._leave(number)
+
+    def _staying(self) -> list[int]:
+        """Replicas that answer or start, the oldest first."""
+        return [k for k, life in enumerate(self.lives) if life.ended_s is None and life.drains_s is None]
+
+    def _leave(self, number: int) -> None:
+        self.routing.leave(number)
+        self.going = {k: one for k, one in self.going.items() if self.lives[k].ended_s is None}
 
     def outcome(self) -> Outcomes:
         """What became of each request so far."""
@@ -371,21 +301,12 @@ class _Fleet:
                     self.first_step[sequence.number] = sequence.first_step
                 self.resumed |= {sequence.number: sequence.resumed} if sequence.resumed else {}
         ends = [np.array(replica.step_end_s, dtype=np.float64) for replica in self.replicas]
-        first_s = _first_token_s(self.owner, self.first_step, ends)
+        first_s = np.full(len(self.owner), np.nan)
+        for number, end_s in enumerate(ends):
+            mine = (self.owner == number) & (self.first_step >= 0)
+            first_s[mine] = end_s[self.first_step[mine]]
         return Outcomes(
             due_s=self.due_s, first_token_s=first_s, finished_s=self.finished_s, replica=self.owner,
             first_step=self.first_step, step_end_s=ends, resumed=self.resumed, cached_tokens=self.cached,
-            samples=self.samples if self.sample_s is not None else (),
+            samples=self.samples if self.sample_s is not None else (), lost_s=self.lost_s, lives=self.lives,
         )  # fmt: skip
-
-
-def _followers(workload: Workload) -> dict[int, list[int]]:
-    """Who waits for each request. Raises ValueError for one that waits for a later one or for itself."""
-    found: dict[int, list[int]] = {}
-    assert workload.after is not None
-    for k, before in enumerate(workload.after.tolist()):
-        if before >= k:
-            raise ValueError(f"request {k} waits for request {before}, which does not come before it")
-        if before >= 0:
-            found.setdefault(before, []).append(k)
-    return found

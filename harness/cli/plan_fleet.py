@@ -18,8 +18,7 @@ from harness.option_types import COUNT, GROWTH, SHARE, opt
 from harness.options import AttainOption, ReadOptions
 
 if TYPE_CHECKING:
-    from harness.analysis.arrays import Ints
-    from harness.analysis.capacity.fitted_engine import FittedEngine, Requests, ServedTimes
+    from harness.analysis.capacity.fitted_engine import Changes, FittedEngine, Requests, ServedTimes
     from harness.analysis.capacity.fleet import Kept, Schedule, TrafficDemand
     from harness.analysis.capacity.serving_config import ServingConfig
     from harness.analysis.capacity.simulated_fleet import SimulatedFleet
@@ -184,9 +183,10 @@ def read_demand(path: Path, reading: ReadOptions) -> TraceDemand:
     return TraceDemand(requests=demand(times), tokens=tokens, replayable=replayable)
 
 
-def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, owner: Ints | None = None) -> ServedTimes:
-    """The project's own engine with the fitted step (`analysis.capacity.fitted_engine.Engine`)."""
+def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int | Changes) -> ServedTimes:
+    """The project's own engine with the fitted step (`harness.analysis.capacity.fitted_engine.Engine`)."""
     from harness.analysis.capacity.fitted_engine import ServedTimes
+    from harness.cluster.simulator.elastic import Elastic, PlannedReplicas
     from harness.cluster.simulator.fleet import Workload, simulate
     from harness.cluster.simulator.scheduler import Limits
     from harness.cluster.simulator.step_time import LinearStep
@@ -196,5 +196,9 @@ def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int, ow
         arrival_s=requests.arrival_s, input_tokens=requests.input_tokens, output_tokens=requests.output_tokens
     )  # fmt: skip
     limits = Limits(max_num_seqs=fitted.max_num_seqs, max_num_batched_tokens=fitted.max_num_batched_tokens)
-    done = simulate(load, limits, [step] * replicas, router="round robin" if owner is None else owner)
+    elastic = None
+    if not isinstance(replicas, int):
+        wanted = PlannedReplicas(at_s=replicas.at_s.tolist(), replicas=replicas.replicas.tolist())
+        elastic, replicas = Elastic(start_s=replicas.start_s, scaling=wanted), wanted.replicas[0]
+    done = simulate(load, limits, [step] * replicas, elastic=elastic)
     return ServedTimes(first_token_s=done.first_token_s, finished_s=done.finished_s)

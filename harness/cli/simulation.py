@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,18 +19,31 @@ from harness.cluster.catalogue.models import Model
 from harness.cluster.engines.simulated import NAME, args_of
 from harness.cluster.hardware.engine import HardwareEngine
 from harness.cluster.simulator.blocks import block_keys
-from harness.cluster.simulator.fleet import Outcomes, Router, Sample, Workload, simulate
+from harness.cluster.simulator.elastic import Autoscaler, Elastic
+from harness.cluster.simulator.fleet import Outcomes, Router, Workload, simulate
 from harness.cluster.simulator.scheduler import VLLM, Limits
+from harness.cluster.simulator.workload import Sample
 from harness.errors import UsageError
 from harness.options import ReplayOptions, RouterName
 from harness.plan.build import build_plan
 from harness.plan.file import NO_PROMPTS, PlanInfo, plan_sha256, read_plan_columns, read_plan_info
 from harness.plan.prompts import Vocabulary
 from harness.plan.spec import asked_plan
-from harness.record.manifest import Replica, RunDir, RunManifest, ServedBy, Tier, Worker, new_manifest, write_manifest
+from harness.record.manifest import (
+    Life,
+    Replica,
+    RunDir,
+    RunManifest,
+    ServedBy,
+    Tier,
+    Worker,
+    new_manifest,
+    write_manifest,
+)
 from harness.record.run_spec import RunSpec
 from harness.record.simulated import (
     NOT_SERVED,
+    Lost,
     ServerSamples,
     SimulatedRows,
     counters_at,
@@ -59,12 +72,15 @@ class Subject:
     model: Model
     tier: Tier
     replicas: int
+    """At the beginning."""
     engine: HardwareEngine
     """Of each replica."""
     router: RouterName = "least"
     """One of `ROUTERS`."""
     stale_s: float = 0.0
     """How far apart the router asks replicas how many requests they have."""
+    elastic: Elastic | None = None
+    """How replicas come and go; None: there are always as many, and the same."""
 
 
 def make_bare_plan(
@@ -88,7 +104,8 @@ def simulate_plan(
 ) -> RunManifest:  # fmt: skip
     """Serve the plan of ``run`` and write all files of the run. Raises `UsageError` for what is not simulated."""
     info, engine = read_plan_info(run.plan), subject.engine
-    load, spec = asked.load, _spec(subject, asked)
+    load = asked.load
+    duration_s = asked.plan.duration_s if load.closed else None
     table = read_plan_columns(run.plan, COLUMNS)
     _check(table, asked)
     started = time.monotonic()
@@ -96,11 +113,11 @@ def simulate_plan(
     keys = _shared_keys(run, info, engine.limits)
     serve = partial(
         simulate, limits=engine.limits, step_times=[engine.step_time] * subject.replicas,
-        router=ROUTERS[subject.router], stale_s=subject.stale_s, concurrency=load.concurrency,
+        router=ROUTERS[subject.router], stale_s=subject.stale_s, concurrency=load.concurrency, elastic=subject.elastic,
     )  # fmt: skip
-    if spec.duration_s is not None:  # who is sent in that time does not depend on who comes after it
-        sent = np.isfinite(serve(requests.workload(engine, keys), until_s=spec.duration_s).due_s)
-        requests = requests.cut(int(sent.sum()), spec.duration_s)
+    if duration_s is not None:  # who is sent in that time does not depend on who comes after it
+        sent = np.isfinite(serve(requests.workload(engine, keys), until_s=duration_s).due_s)
+        requests = requests.cut(int(sent.sum()), duration_s)
     found = serve(requests.workload(engine, keys), sample_s=SAMPLE_S)
     rows = requests.rows(found)
     took_s = time.monotonic() - started
@@ -112,15 +129,23 @@ def simulate_plan(
         counters.append(last)
     steps = sum(map(len, found.step_end_s))
     end_s = max((float(ends[-1]) for ends in found.step_end_s if len(ends)), default=0.0)
-    tell(f"simulated {end_s:,.0f} s of {subject.replicas} x {subject.tier.name}: {steps:,} steps in {took_s:.1f} s")
+    size = f"{len(found.lives)} servers," if subject.elastic is not None else f"{subject.replicas} x"
+    tell(f"simulated {end_s:,.0f} s of {size} {subject.tier.name}: {steps:,} steps in {took_s:.1f} s")
+    for words in _unfailed(subject, found):
+        tell(f"  note: {words}")
     system = ServedBy(
         engine=NAME, evidence="simulated", model=subject.model.name, tier=subject.tier, engine_version=VLLM,
         engine_args=args_of(engine), model_facts=_facts(subject),
     )  # fmt: skip
+    spec = _spec(subject, asked, len(found.lives))
     replicas = [
-        Replica(index=k, base_url=url, counters_before=dict.fromkeys(last, 0.0), counters_after=last)
-        for k, (url, last) in enumerate(zip(spec.base_urls, counters, strict=True))
-    ]
+        Replica(
+            index=k, base_url=url, counters_before=dict.fromkeys(last, 0.0),
+            counters_after=None if life.failed else last,  # who has failed says nothing any more
+            life=None if subject.elastic is None else Life(**asdict(life)),
+        )
+        for k, (url, last, life) in enumerate(zip(spec.base_urls, counters, found.lives, strict=True))
+    ]  # fmt: skip
     manifest = new_manifest(
         run.path.name, spec, info, plan_sha256(run.plan), system, replicas=replicas, label=asked.serve.label
     )
@@ -133,17 +158,40 @@ def simulate_plan(
 def _facts(subject: Subject) -> dict[str, str]:
     """Where the figures come from."""
     facts = {**subject.engine.facts, "clock": "virtual"}
-    if subject.replicas > 1:
+    if subject.elastic is not None:
+        facts["servers"] = _elastic_words(subject.elastic, subject.replicas)
+    if subject.replicas > 1 or subject.elastic is not None:
         knows = f", as of up to {subject.stale_s:g} s before" if subject.stale_s else ""
         facts["router"] = ROUTERS[subject.router] + knows
     return facts
 
 
-def _spec(subject: Subject, asked: ReplayOptions) -> RunSpec:
+def _elastic_words(elastic: Elastic, replicas: int) -> str:
+    scaling, failures, said = elastic.scaling, elastic.failures, f"{replicas}"
+    if isinstance(scaling, Autoscaler):
+        said = (
+            f"{scaling.least} to {scaling.most}, as HPA scales on {scaling.target:g} requests {scaling.gauge} a server "
+            f"every {scaling.every_s:g} s and down after {scaling.hold_s:g} s"
+        )
+    if failures.mean_s is not None:
+        said += f"; each fails every {failures.mean_s:g} s on average"
+    stated = ", ".join(f"{number} at {at_s:g} s" for at_s, number in failures.at_s)
+    return f"{said}; {f'failed: {stated}; ' if stated else ''}start-up {elastic.start_s:g} s, an assumption"
+
+
+def _unfailed(subject: Subject, found: Outcomes) -> Iterator[str]:
+    """Stated failures that came to nothing."""
+    for at_s, number in () if subject.elastic is None else subject.elastic.failures.at_s:
+        life = found.lives[number] if number < len(found.lives) else None
+        if life is None or not life.failed or life.ended_s != at_s:
+            yield f"server {number} did not fail at {at_s:g} s: it was not there"
+
+
+def _spec(subject: Subject, asked: ReplayOptions, replicas: int) -> RunSpec:
     load = asked.load
     return RunSpec(
         mode="closed" if load.closed else "open", concurrency=load.concurrency, model=subject.model.name,
-        base_urls=[f"simulated://{k}" for k in range(subject.replicas)], slo=dict(load.slo or {}),
+        base_urls=[f"simulated://{k}" for k in range(replicas)], slo=dict(load.slo or {}),
         min_requests=load.min_requests, balance="least" if subject.router == "prefix" else subject.router,
         warmup_s=asked.plan.warmup_s if load.closed else None,
         duration_s=asked.plan.duration_s if load.closed else None,
@@ -224,12 +272,19 @@ class _Requests:
             due[k] = self.scheduled_ns[k] if self.scheduled_ns is not None else due[k - 1] if k else 0
         due[[*self.unsent]] = round(self.over_s * 1e9)
         cached = None if found.cached_tokens is None else spread(found.cached_tokens, -1)
+        outputs, lost, resumed = self.output_tokens.copy(), {}, dict(found.resumed)
+        for k, at_s in found.lost_s.items():
+            outputs[mine[k]] = had = len(found.token_s(k, int(self.output_tokens[mine[k]])))
+            words = "its server failed" if found.replica[k] >= 0 else "no server was there"
+            lost[int(mine[k])] = Lost(at_ns=round(at_s * 1e9), cut=found.replica[k] >= 0, why=words)
+            if k in resumed:
+                resumed[k] = [one for one in resumed[k] if one[0] < had]
         return SimulatedRows(
             request_id=self.request_id, due_ns=due, replica=spread(found.replica, NOT_SERVED),
-            first_step=spread(found.first_step, -1), input_tokens=self.input_tokens, output_tokens=self.output_tokens,
+            first_step=spread(found.first_step, -1), input_tokens=self.input_tokens, output_tokens=outputs,
             cached_tokens=cached, step_end_ns=[np.rint(ends * 1e9).astype(np.int64) for ends in found.step_end_s],
-            resumed={int(mine[k]): times for k, times in found.resumed.items()}, refused=self.refused,
-            unsent=self.unsent,
+            resumed={int(mine[k]): times for k, times in resumed.items() if times}, refused=self.refused,
+            unsent=self.unsent, lost=lost,
         )  # fmt: skip
 
 
@@ -291,7 +346,8 @@ def _server(
     if limits.kv_blocks is not None:
         gauges["kv_cache_usage"] = 1 - column(one.kv_free or 0 for one in samples) / limits.kv_blocks
     t_ns = np.rint(column(one.at_s for one in samples) * 1e9).astype(np.int64)
+    end = counters_at(rows, replica, np.array([len(rows.step_end_ns[replica])]))
     last: dict[str, float | None] = {
-        f"vllm:{name}": float(counted[name][-1]) for name in ("prompt_tokens_total", "generation_tokens_total")
+        f"vllm:{name}": float(end[name][0]) for name in ("prompt_tokens_total", "generation_tokens_total")
     }
     return ServerSamples(t_ns=t_ns, gauges=gauges), last

@@ -89,6 +89,21 @@ class Tier:
     ownership: Ownership | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """From when a server of a simulated fleet was asked for until it was given back, s after the common start."""
+
+    asked_s: float
+    ready_s: float
+    """When it answers first, if it lives so long."""
+    drains_s: float | None
+    """From when on it takes no new requests; null: to the end it does."""
+    ended_s: float | None
+    """null: it is there at the end of the run."""
+    failed: bool
+    """Whether that was a failure, in which its requests and its cache were lost."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Replica:
     """One model server: how it was started and what it said of itself."""
@@ -108,6 +123,8 @@ class Replica:
     counters_after: dict[str, float | None] | None = None
     metrics_urls: list[str] = field(default_factory=list)
     """Pages whose counters are added up (``--metrics-url``); empty: the server's own /metrics."""
+    life: Life | None = None
+    """null: it was there from the beginning of the run to its end."""
     several_servers: bool = False
     """Readings of one page came from different processes (a load balancer), so there are no counters."""
 
@@ -201,6 +218,11 @@ class RunManifest(ServedBy):
     """Wall clock at the common start; every `_ns` column counts from it."""
     end_ns: int | None = None
     """When the last worker was done, ns after the common start."""
+
+    @property
+    def lives(self) -> list[Life]:
+        """Of servers that come and go; empty: they are there all the time."""
+        return [r.life for r in self.replicas if r.life is not None]
 
 
 def new_manifest(

@@ -27,6 +27,17 @@ NOT_SERVED = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """What became of a request that no server answered to the end."""
+
+    at_ns: int
+    """When its client knew."""
+    cut: bool
+    """Whether it was cut off; else there was nobody to send it to."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRows:
     """Columns of one length, an entry a request; times in ns after the common start."""
 
@@ -38,6 +49,7 @@ class SimulatedRows:
     """Of its replica, that gave the first token."""
     input_tokens: Ints
     output_tokens: Ints
+    """Of one that was lost: those that it had."""
     cached_tokens: Ints | None
     step_end_ns: Sequence[Ints]
     """When each step of each replica ended."""
@@ -48,6 +60,8 @@ class SimulatedRows:
     """By index: why no engine took it."""
     unsent: frozenset[int] = frozenset()
     """Indices of those that never went out, since the run was over."""
+    lost: Mapping[int, Lost] = field(default_factory=dict)
+    """By index."""
 
     def __len__(self) -> int:
         return len(self.request_id)
@@ -59,13 +73,15 @@ def write_rows(path: Path, rows: SimulatedRows) -> None:
     gaps = np.diff(ends, prepend=0)
     base = np.concatenate(([0], np.cumsum([len(one) for one in rows.step_end_ns])))[:-1]
     served = rows.replica != NOT_SERVED
-    first = np.where(served, rows.first_step + base[rows.replica], 0)
     tokens = np.where(served, rows.output_tokens, 0)
+    first = np.where(tokens > 0, rows.first_step + base[rows.replica], 0)
     last = first + tokens - 1
     for k, times in rows.resumed.items():
         had, step = times[-1]
         last[k] = base[rows.replica[k]] + step + rows.output_tokens[k] - had - 1
-    finished = np.where(served, ends[np.maximum(last, 0)] if len(ends) else 0, rows.due_ns)
+    finished = np.where(tokens > 0, ends[np.maximum(last, 0)] if len(ends) else 0, rows.due_ns)
+    for k, lost in rows.lost.items():
+        finished[k] = lost.at_ns
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA, options=options) as stream:
         for part in _parts(tokens):
@@ -102,21 +118,25 @@ def _parts(tokens: Ints) -> Iterator[slice]:
 
 def _batch(rows: SimulatedRows, part: slice, gaps: Ints, offsets: Ints, finished_ns: Ints) -> pa.RecordBatch:
     n = part.stop - part.start
-    refused = [rows.refused.get(k) for k in range(part.start, part.stop)] if rows.refused else [None] * n
-    ok = rows.replica[part] != NOT_SERVED
-    errors = [None if why is None else "rejected" for why in refused]
+    details: list[str | None] = [rows.refused.get(k) for k in range(part.start, part.stop)]
+    sent = rows.replica[part] != NOT_SERVED
+    ok = sent.copy()
+    errors: list[str | None] = [None if why is None else "rejected" for why in details]
+    for k in rows.lost.keys() & range(part.start, part.stop):
+        ok[k - part.start] = False
+        errors[k - part.start], details[k - part.start] = "cut" if rows.lost[k].cut else "connect", rows.lost[k].why
     for k in rows.unsent & frozenset(range(part.start, part.stop)):
         errors[k - part.start] = "unsent"
     unsent = np.array([error == "unsent" for error in errors])
     known = {
         "request_id": rows.request_id[part], "worker": np.zeros(n, dtype=np.int16),
-        "replica": pa.array(rows.replica[part].astype(np.int16), mask=~ok), "scheduled_ns": rows.due_ns[part],
+        "replica": pa.array(rows.replica[part].astype(np.int16), mask=~sent), "scheduled_ns": rows.due_ns[part],
         "sent_ns": pa.array(rows.due_ns[part], mask=unsent), "finished_ns": pa.array(finished_ns, mask=unsent),
         "input_tokens": pa.array(rows.input_tokens[part].astype(np.int32), mask=unsent),
         "output_tokens": pa.array(rows.output_tokens[part].astype(np.int32), mask=~ok),
         "retries": np.zeros(n, dtype=np.int16),
         "finish_reason": pa.array(np.where(ok, "length", ""), mask=~ok),
-        "error": errors, "detail": refused,
+        "error": errors, "detail": details,
         "chunk_gap_ns": pa.ListArray.from_arrays(offsets.astype(np.int32), gaps),
         "chunk_tokens": pa.ListArray.from_arrays(offsets.astype(np.int32), np.ones(len(gaps), dtype=np.int32)),
     }  # fmt: skip
@@ -141,7 +161,7 @@ class ServerSamples:
 
 def counters_at(rows: SimulatedRows, replica: int, steps: Ints) -> dict[str, Floats]:
     """A replica's token counters after so many of its steps. Tokens of prompts count when they gave the first token."""
-    mine = np.flatnonzero(rows.replica == replica)
+    mine = np.flatnonzero((rows.replica == replica) & (rows.first_step >= 0))
     n = len(rows.step_end_ns[replica]) + 1
     first = rows.first_step[mine]
     change = np.zeros(n + 1)

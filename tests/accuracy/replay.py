@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.cluster.hardware.engine import HardwareEngine
-from harness.cluster.simulator.fleet import SimulatedReplica
+from harness.cluster.simulator.clock import SimulatedReplica
 from harness.cluster.simulator.scheduler import Sequence
 
 Floats = npt.NDArray[np.float64]
