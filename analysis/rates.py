@@ -18,7 +18,6 @@ import numpy as np
 
 from harness.analysis import metrics
 from harness.analysis.arrays import Bools, Floats
-from harness.analysis.cost.cost import paid_replicas
 from harness.analysis.metrics import Counts, Tokens, Window
 from harness.analysis.rows.run import LoadKind as LoadKind
 from harness.analysis.rows.run import Rows, Run
@@ -107,7 +106,7 @@ def _slots(run: Run, window: Window | None) -> int | None:
         return None
     servers: float = len(run.manifest.replicas)
     if window is not None and run.manifest.lives:
-        servers = paid_replicas(run.manifest, window.start_s, window.end_s)
+        servers = run.manifest.rented(window.start_s, window.end_s)
     return round(int(said) * max(1, servers))
 
 

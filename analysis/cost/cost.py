@@ -35,9 +35,7 @@ def paid_replicas(run: RunManifest, start_s: float | None, end_s: float | None) 
     Each that has a page of its own counts, among those behind one address. One that starts or drains is paid, too.
     """
     if run.lives and start_s is not None and end_s is not None:
-        ends = [end_s if life.ended_s is None else min(end_s, life.ended_s) for life in run.lives]
-        paid_s = sum(max(0.0, end - max(start_s, life.asked_s)) for life, end in zip(run.lives, ends, strict=True))
-        return paid_s / (end_s - start_s)
+        return run.rented(start_s, end_s)
     return sum(len(r.metrics_urls) or 1 for r in run.replicas) or len(run.spec.base_urls)
 
 

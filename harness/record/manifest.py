@@ -224,6 +224,12 @@ class RunManifest(ServedBy):
         """Of servers that come and go; empty: they are there all the time."""
         return [r.life for r in self.replicas if r.life is not None]
 
+    def rented(self, start_s: float, end_s: float) -> float:
+        """How many of them there were on average between two moments; those that start or drain are there, too."""
+        ends = [end_s if one.ended_s is None else min(end_s, one.ended_s) for one in self.lives]
+        there_s = sum(max(0.0, end - max(start_s, one.asked_s)) for one, end in zip(self.lives, ends, strict=True))
+        return there_s / (end_s - start_s)
+
 
 def new_manifest(
     run_id: str, spec: RunSpec, plan: PlanInfo, plan_sha256: str, system: ServedBy, *, replicas: Sequence[Replica],
