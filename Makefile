@@ -18,11 +18,11 @@ TRACE  ?= scenarios/traces/azure-conv-2023.csv
 # to be had already); PyTorch's own wheel index only if it fails, because an unreachable extra index costs minutes of retries.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup replay test study lint browser image clean
+.PHONY: help setup replay test study lint browser wheels image clean
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(READY): pyproject.toml scenarios/client/_reader.c
+$(READY): pyproject.toml setup.py scenarios/client/_reader.c
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 15) else f"Python 3.11-3.14 is needed, this is {v}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=26.0' # that of an older Python unpacks archives outside of their place
@@ -59,6 +59,9 @@ lint: setup ## style and types
 	$(BIN)/mypy
 
 include tests/bench/bench.mk
+
+wheels: ## everything that a release consists of, into dist/ (tests/wheels.sh)
+	PYTHON=$(PYTHON) tests/wheels.sh
 
 image: ## build the client's image on a Debian made from its mirror, and run it (TARGET=cpu: with vLLM; root, buildah, mmdebstrap)
 	tests/image/build.sh $(or $(TARGET),client)
