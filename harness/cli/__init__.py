@@ -67,6 +67,7 @@ SECTIONS: dict[str, dict[str, Lazy]] = {
     },
     "Machines": {
         "doctor": Lazy("harness.cli.machines:doctor", "Say what this machine can and cannot run, and why."),
+        "completion": Lazy("harness.cli.completion:completion", "Print the script that completes commands in a shell."),
         "ps": Lazy("harness.cli.machines:ps", "List the servers, load workers and Ray that are running."),
         "stop": Lazy("harness.cli.machines:stop", "End what 'harness ps' lists, one by its ID or all."),
         "cluster": Lazy("harness.cli.catalogue:cluster", "Rent, watch and end a Ray cluster on AWS."),
