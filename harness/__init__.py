@@ -10,7 +10,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class _NoPandas:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from tests.gpu.__main__ import outcome, pack, run_step
+from harness.cluster.catalogue.tiers import get_tier, write_tiers
+from harness.record.host import describe_host
+from tests.gpu.__main__ import as_here, outcome, pack, run_step
 from tests.gpu.steps import LIMIT_S, STEPS, TRACE, Ask, Step
 
 
@@ -49,6 +51,17 @@ def test_a_step_is_cut_at_its_limit_and_says_so(tmp_path: Path) -> None:
     assert said["rows"] == []
 
 
+def test_a_host_smaller_than_the_instance_keeps_its_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray refuses a server half of the tier's memory, which a partitioned host may not have."""
+    own, here = tmp_path / "tiers.toml", describe_host()
+    write_tiers(own, [as_here(get_tier("runpod-h200"))])
+    monkeypatch.setenv("HARNESS_TIERS", str(own))
+    tier = get_tier("runpod-h200")
+    assert (tier.vcpu, tier.memory_gib) == (here.cores, here.memory_gib)
+    assert (tier.usd_per_hour, tier.date, tier.accelerator_memory_gib) == (4.59, "2026-10-07", 141.0)
+    assert tier.note and tier.note.endswith("the instance of this price has 24 and 276 GiB")
+
+
 def test_an_archive_leaves_out_what_can_be_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "1-step"
     (folder / "run").mkdir(parents=True)
@@ -71,7 +84,6 @@ def test_every_step_fits_and_asks_for_what_exists(step: Step, tmp_path: Path) ->
     """The command lines are parsed by the verbs themselves; on a CPU a small model stands in, on one tier's price."""
     from harness.cli import cli
     from harness.cluster.catalogue.models import get_model
-    from harness.cluster.catalogue.tiers import get_tier
     from harness.cluster.engines.vllm import misfit
 
     assert step.minutes * 60 <= LIMIT_S

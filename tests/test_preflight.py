@@ -10,6 +10,7 @@ from conftest import harness
 
 from harness.cluster.catalogue.tiers import get_tier
 from harness.cluster.deploy import placement
+from harness.cluster.process import registry
 from harness.errors import HarnessError, UsageError
 
 TRACE = Path(__file__).resolve().parent.parent / "scenarios" / "traces" / "azure-conv-2023.csv"
@@ -40,6 +41,22 @@ def test_a_gpu_tier_without_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "visible_gpus", lambda: ["0"])
     with pytest.raises(HarnessError, match=r"8 x H100.*offers 1 NVIDIA GPU:.*RAY_ADDRESS"):
         placement.check_can_serve(GPU)
+
+
+def test_accelerators_are_those_that_the_driver_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    driver, devices = tmp_path / "proc", tmp_path / "dev"
+    devices.mkdir()
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (devices / name).touch()
+    monkeypatch.setattr(registry, "NVIDIA", driver)
+    monkeypatch.setattr(registry, "DEVICES", devices)
+    assert registry.visible_gpus() == ["0", "1"], "a sandbox without /proc/driver"
+    (driver / "0000:01:00.0").mkdir(parents=True)
+    assert registry.visible_gpus() == ["0"]
+    for said, found in (("", []), ("-1", []), ("3,1", ["3", "1"]), ("GPU-a,MIG-b", ["GPU-a", "MIG-b"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+        assert registry.visible_gpus() == found
 
 
 def test_an_old_processor(monkeypatch: pytest.MonkeyPatch) -> None:

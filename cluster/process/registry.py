@@ -42,6 +42,8 @@ GONE_S = 5.0
 LOCK_S = 30.0
 WORD_CHARS = 300  # what is kept of one word of a command line
 NVIDIA = Path("/proc/driver/nvidia/gpus")
+DEVICES = Path("/dev")
+"""Where sandboxes that have no such folder (gVisor) show accelerators, as nvidia0 and so on."""
 """One entry for each accelerator of this host."""
 
 _held: list[IO[bytes]] = []  # locks of this process's `work_folder`s, let go at its end
@@ -384,9 +386,10 @@ def visible_gpus() -> list[str]:
     if (said := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [word.strip() for word in said.split(",") if word.strip() not in ("", "-1", "NoDevFiles")]
     try:
-        return [str(i) for i, _ in enumerate(NVIDIA.iterdir())]
+        count = len(list(NVIDIA.iterdir()))
     except OSError:
-        return []
+        count = len(list(DEVICES.glob("nvidia[0-9]*")))
+    return [str(i) for i in range(count)]
 
 
 def ranges(numbers: Iterable[int]) -> str:

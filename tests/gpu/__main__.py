@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from harness.analysis.rows.read import read_run
 from harness.analysis.summary import summarise
-from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.catalogue.tiers import get_tier, write_tiers
 from harness.cluster.process.process import Process
 from harness.errors import HarnessError
 from harness.option_types import parse_duration
 from harness.record.host import describe_host, git_commit, installed_versions
-from harness.record.manifest import MANIFEST, now_utc, read_manifest
+from harness.record.manifest import MANIFEST, Tier, now_utc, read_manifest
 from tests.bench.crosscheck import their_figures
 from tests.gpu.points import PEER
 from tests.gpu.steps import LIMIT_S, ROOT, STEPS, Ask, Step
@@ -68,6 +69,18 @@ def run_step(step: Step, ask: Ask, limit_s: float = LIMIT_S) -> dict[str, Any]:
     said["took_s"] = time.monotonic() - began
     (folder / "step.json").write_text(json.dumps(said, indent=1))
     return said
+
+
+def as_here(tier: Tier) -> Tier:
+    """The tier with the processors and the memory of this host: a lent or partitioned machine has others than the
+    instance whose price it is, and servers are not placed on half of its memory.
+    """
+    host = describe_host()
+    note = (
+        f"processors and memory are this host's; the instance of this price has {tier.vcpu} and {tier.memory_gib:g} GiB"
+    )
+    notes = "; ".join(filter(None, (tier.note, note)))
+    return replace(tier, vcpu=host.cores, memory_gib=host.memory_gib, ownership=None, note=notes)
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -144,9 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if budget is None:
         parser.error(f"--budget {asked.budget}: write 20m")
     ask = Ask(tier=asked.tier, work=asked.work.absolute(), rehearse=asked.rehearse)
-    get_tier(ask.tier)
     for folder in (asked.out, ask.work):
         folder.mkdir(parents=True, exist_ok=True)
+    tier = get_tier(ask.tier)
+    if ask.rehearse is None:
+        write_tiers(own := ask.work / "tiers.toml", [as_here(tier)])
+        os.environ["HARNESS_TIERS"] = str(own)
     began, results, left = time.monotonic(), [], []
     for step in STEPS:
         if asked.only and step.name.partition("-")[0] not in asked.only:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import harness
+
 ROOT = Path(__file__).resolve().parents[2]
-TRACE = ROOT / "scenarios" / "traces" / "azure-conv-2023.csv"
+TRACE = Path(harness.__file__).resolve().parent / "scenarios" / "traces" / "azure-conv-2023.csv"
 LIMIT_S = 8 * 60.0
 """No step takes longer, its end and its archive among it."""
 LONGEST_TOKENS = 4000
