@@ -165,6 +165,8 @@ class SimulatedServer:
     """What the user says a step takes (`LinearStep`)."""
     calibration: ModelCalibration | None = None
     """What runs of one's own say of it."""
+    slow: float = 1.0
+    """Everything takes so many times as long, and is scaled back in the files of a run."""
     name: str = NAME
     evidence: Evidence = "simulated"
     hosts: int = 1
@@ -192,7 +194,8 @@ class SimulatedServer:
 
     def facts(self) -> dict[str, str]:
         """Where the figures come from."""
-        return {**self.found.facts, "clock": "real time"}
+        pace = f"real time, {self.slow:g} times as slow and scaled back" if self.slow != 1 else "real time"
+        return {**self.found.facts, "clock": pace}
 
     def prepare(self, say: Callable[[str], None]) -> None:
         """Nothing to fetch."""
@@ -203,6 +206,8 @@ class SimulatedServer:
             sys.executable, "-m", "harness.cluster.engines.fake.server", "--host", host, "--port", str(port), "--model",
             self.model.name, "--simulate", self.model.name, self.tier.name, "--serves-version", VLLM,
         ]  # fmt: skip
+        if self.slow != 1:
+            argv += ["--slow", str(self.slow)]
         if self.step is not None:
             argv += ["--step", ",".join(str(1000 * seconds) for seconds in self.step)]
         if self.calibration is not None:

@@ -53,6 +53,18 @@ class PacedRequest(Sequence):
     """When the kernel had the request, or when it was read, if a step had begun in between."""
 
 
+@dataclass(frozen=True, slots=True)
+class SlowStep:
+    """Another step time, each step ``slow`` times as long."""
+
+    step_time: StepTime
+    slow: float
+
+    def __call__(self, chunks: Items[Chunk], decoding: int, context: int) -> float:
+        """Seconds of this step."""
+        return self.slow * self.step_time(chunks, decoding, context)
+
+
 class PacingEngine:
     """Paces answers by steps on the event loop's clock (CLOCK_MONOTONIC)."""
 
@@ -187,8 +199,8 @@ def engine_of(args: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> Paci
         own = None if args.calibration is None else decode_model_calibration(args.calibration)
         found = simulated_engine(model, tier, step, own)
         return PacingEngine(
-            found.limits, found.step_time, loop, longest=found.longest, arrival_s=found.arrival_s,
-            arrival_per_token_s=found.arrival_per_token_s,
+            found.limits, SlowStep(found.step_time, args.slow), loop, longest=found.longest,
+            arrival_s=args.slow * found.arrival_s, arrival_per_token_s=args.slow * found.arrival_per_token_s,
         )  # fmt: skip
     limits = Limits(
         max_num_seqs=args.slots or sys.maxsize, max_num_batched_tokens=args.max_num_batched_tokens,

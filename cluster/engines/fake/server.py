@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--simulate", nargs=2, metavar=("MODEL", "TIER"), help="be as vLLM with this model on this tier; see --step"
     )
+    parser.add_argument("--slow", type=float, default=1.0, help="so many times as slow; with --simulate")
     parser.add_argument("--calibration", metavar="JSON", help="what harness calibrate-model found; with --simulate")
     parser.add_argument("--serves-version", default="fake-1", help="version that it says")
     parser.add_argument("--pad", type=int, default=0, help="extra bytes per token")

@@ -18,6 +18,7 @@ from harness.cli.machines import hot_path
 from harness.cli.output import say
 from harness.cli.runner.live import shown
 from harness.cli.runner.seen import note_sent, warn_of_sent
+from harness.cli.runner.slow import slowed, stretched
 from harness.cli.runner.targets import LocalTarget, Servers, Target, UrlTarget, VirtualTarget
 from harness.console import LoadProgress, console
 from harness.errors import HarnessError, PlanError, ResultsError, ServerError, UsageError
@@ -205,6 +206,7 @@ def execute_point(
     manifest.load_shares_server_host, manifest.load_shares_server_cores = servers.shares_host, servers.shared_cores
     manifest.versions["hot path"] = hot_path()
     write_manifest(run, manifest)
+    told = stretched(spec, servers.slow)
     warn_of_sent(manifest, tell)
     try:
         if servers.patience is not None and not servers.asked:  # do servers that are not ours answer?
@@ -214,7 +216,8 @@ def execute_point(
             warm_up(spec, access, run.plan, tell)
             servers.warm = True
         with ExitStack() as stack:
-            load = stack.enter_context(LoadWorkers(spec, run, api_key=servers.api_key, launch=servers.launch))
+            stack.enter_context(slowed(run, manifest, servers.slow))
+            load = stack.enter_context(LoadWorkers(told, run, api_key=servers.api_key, launch=servers.launch))
             if spec.counters:
                 count_before(replicas, access, tell)
             stack.enter_context(stop)  # only now: what comes before is simply broken off
@@ -224,8 +227,9 @@ def execute_point(
             sampling = sample_servers(servers, run, manifest.start_unix_ns, access, counters=spec.counters)
             with sampling as sampled, shown(asked.live, run, spec, info, options.report.attain, sampled) as live:
                 progress = LoadProgress(
-                    console(), total=info.requests, span_s=info.span_s, slo=spec.slo, attain=options.report.attain,
-                    also=live.update if live else None,
+                    console(), total=info.requests,
+                    span_s=None if info.span_s is None else info.span_s * servers.slow, slo=told.slo,
+                    attain=options.report.attain, also=live.update if live else None,
                 )  # fmt: skip
                 silence = Silence(lambda k: probe.answers(spec.base_urls[k], access, ASK_AGAIN_S))
                 cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost, silence, run.manifest.exists)

@@ -86,6 +86,8 @@ class Servers(ServedBy):
     restarting: Callable[[], bool] = bool
     shared_cores: bool | None = None
     """True when load workers may run on processors that a server runs on; null when not known."""
+    slow: float = 1.0
+    """Times as long as everything takes, clients among it; what a run's files say is scaled back."""
     virtual: Callable[[RunDir, ReplayOptions, Callable[[str], None]], RunManifest] | None = None
     """Serves a plan in virtual time and writes its run; None: there are servers."""
     sample_hosts: Callable[[RunDir, int], AbstractContextManager[None]] = sample_here
@@ -200,13 +202,13 @@ class SimulatedTarget(LocalTarget):
 
     def __init__(
         self, model: Model, tier: Tier, replicas: int, on_replica_death: OnReplicaDeath,
-        step: tuple[float, ...] | None, calibration: ModelCalibration | None,
+        step: tuple[float, ...] | None, calibration: ModelCalibration | None, slow: float = 1.0,
     ) -> None:  # fmt: skip
         from harness.cluster.catalogue.models import for_tier
         from harness.cluster.engines.simulated import SimulatedServer
 
         super().__init__(for_tier(model, tier.accelerator), tier, replicas, on_replica_death, {})
-        self._engine = SimulatedServer(model=model, tier=tier, step=step, calibration=calibration)
+        self._engine = SimulatedServer(model=model, tier=tier, step=step, calibration=calibration, slow=slow)
         self.label = f"{model.name.rsplit('/', 1)[-1]}-on-{tier.name}-simulated"
         _ = self._engine.found  # what cannot be simulated is refused now
 
@@ -242,6 +244,7 @@ class SimulatedTarget(LocalTarget):
                 tier=self._tier, engine_version=d.engine_version, engine_args=d.engine_args, model_facts=d.model_facts,
                 shares_host=d.shares_host, shared_cores=d.shared_cores, launch=d.launch, check=d.check,
                 restarts=d.restarts, restarting=lambda: d.restarting, sample_hosts=d.sample_hosts,
+                slow=self._engine.slow,
             )  # fmt: skip
 
 
@@ -303,12 +306,14 @@ def _simulated_target(asked: ServeOptions) -> SimulatedTarget:
         raise UsageError("--engine simulated starts its servers: drop --base-url")
     if asked.tier is None:
         raise UsageError("which hardware is simulated? --tier NAME ('harness tiers' lists them)")
+    if asked.clock == "virtual" and asked.slow != 1:
+        raise UsageError("--slow: virtual time takes what it takes to compute: drop it or --clock virtual")
     if asked.clock != "virtual":
         check_ray()
     model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier)
     kind = VirtualTarget if asked.clock == "virtual" else SimulatedTarget
     calibration = asked_calibration(asked)
-    return kind(model, tier, asked.replicas, asked.on_replica_death, asked.step, calibration)
+    return kind(model, tier, asked.replicas, asked.on_replica_death, asked.step, calibration, asked.slow)
 
 
 def asked_calibration(asked: ServeOptions) -> ModelCalibration | None:
@@ -331,8 +336,8 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
     asked = options.serve
     if asked.engine == "simulated":
         return _simulated_target(asked)
-    if asked.step is not None or asked.clock is not None or asked.calibration is not None:
-        raise UsageError("--step, --clock and --calibration are of a simulated engine: add --engine simulated")
+    if (asked.step, asked.clock, asked.calibration, asked.slow) != (None, None, None, 1.0):
+        raise UsageError("--step, --clock, --slow and --calibration are of a simulated engine: add --engine simulated")
     if asked.base_urls:
         if options.load.tls_ca:
             probe.trust(options.load.tls_ca)
