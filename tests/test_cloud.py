@@ -21,7 +21,6 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from conftest import ROOT
-from packaging.specifiers import SpecifierSet
 
 from harness.cli.catalogue import cluster as verbs
 from harness.cluster.catalogue.tiers import get_tier, list_tiers
@@ -613,51 +612,3 @@ def test_what_aws_says_is_explained(aws: FakeAws, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "state" / "harness" / "clusters" / "torn" / "state.json").write_text('{"name": "torn"')
     with pytest.raises(HarnessError, match="harness-cluster=torn"):
         rent.known_clusters()
-
-
-# --- Kubernetes ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def manifest() -> dict[str, dict[str, Any]]:
-    found = {d["kind"]: d for d in yaml.safe_load_all((ROOT / "cluster" / "kuberay.yaml").read_text())}
-    assert set(found) == {"RayCluster", "NetworkPolicy"}
-    return found
-
-
-def test_kuberay_cluster(manifest: dict[str, dict[str, Any]]) -> None:
-    spec = manifest["RayCluster"]["spec"]
-    assert spec["authOptions"] == {"mode": "token"}
-    assert SpecifierSet(">=2.52").contains(spec["rayVersion"]), "before, Ray had no tokens"
-    head, (worker,) = spec["headGroupSpec"]["template"], spec["workerGroupSpecs"]
-    assert worker["minReplicas"] == worker["replicas"] <= worker["maxReplicas"]
-    images = set()
-    for template, gpus in ((head, 0), (worker["template"], 1)):
-        pod = template["spec"]
-        assert pod["automountServiceAccountToken"] is False
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        (container,) = pod["containers"]
-        images.add(container["image"])
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-        resources = container["resources"]
-        assert resources["limits"]["memory"] == resources["requests"]["memory"]
-        assert int(resources["limits"].get("nvidia.com/gpu", 0)) >= gpus
-        assert ("nvidia.com/gpu" in resources["limits"]) == bool(gpus)
-        assert not any("TOKEN" in e["name"] and "value" in e for e in container.get("env", []))
-        assert {"name": NICENESS, "value": "0"} in container["env"], "servers do not give way to whatever else runs"
-    assert len(images) == 1, "Ray wants one version on all nodes"
-    shared = {v["name"]: v for v in worker["template"]["spec"]["volumes"]}["dshm"]["emptyDir"]
-    assert shared["medium"] == "Memory" and "sizeLimit" in shared, "tensor parallelism talks through /dev/shm"
-    assert spec["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0"
-
-
-def test_kuberay_network_policy_lets_only_the_cluster_in(manifest: dict[str, dict[str, Any]]) -> None:
-    policy, name = manifest["NetworkPolicy"]["spec"], manifest["RayCluster"]["metadata"]["name"]
-    ours = {"matchLabels": {"ray.io/cluster": name}}
-    assert policy["podSelector"] == ours
-    assert policy["policyTypes"] == ["Ingress"]
-    for rule in policy["ingress"]:
-        for peer in rule["from"]:
-            assert peer == {"podSelector": ours} or "namespaceSelector" in peer
-    assert manifest["NetworkPolicy"]["metadata"]["namespace"] == manifest["RayCluster"]["metadata"]["namespace"]
