@@ -287,7 +287,7 @@ def test_a_run_whose_servers_come_and_go_says_so_in_rows_bill_and_page(tmp_path:
     end_s = found["window"]["end_s"]
     paid = sum((end_s if one.ended_s is None else one.ended_s) - one.asked_s for one in manifest.lives)
     assert found["cost"]["bill_usd"] == pytest.approx(paid / 3600 * found["tier"]["usd_per_hour"], rel=1e-6)
-    assert found["cost"]["replicas"] == pytest.approx(paid / found["window"]["duration_s"])
+    assert found["cost"]["rented"] == pytest.approx(paid / found["window"]["duration_s"])
     assert any("given back or fails" in one for one in found["assumptions"])
     page = tmp_path / "page.html"
     CliRunner().invoke(cli, ["report", str(run), "--html", str(page)], standalone_mode=False)

@@ -18,7 +18,8 @@ from harness.analysis.capacity.fitted_engine import (
     observe,
     within,
 )
-from harness.analysis.capacity.fleet import Schedule
+from harness.analysis.capacity.fleet import Kept, Schedule, TierOffer, failing, spare_instances
+from harness.analysis.capacity.fleet import demand as traffic
 from harness.analysis.capacity.simulated_fleet import (
     FEWEST,
     MOST_STEPS,
@@ -265,6 +266,22 @@ def test_a_fleet_that_never_changes_is_a_fixed_one():
     twice = kept(factor=2.0, per_instance=3)
     assert 5700 < twice.replayed < 6300 and twice.share > 0.95
     assert kept(factor=2.0, spares=1).share < 0.3
+
+
+def test_instances_that_fail_lose_requests_and_spares_make_up_for_them():
+    day = demand(20.0, 24_000, seed=8)  # 20 minutes, which two replicas just carry
+    offer = TierOffer(name="x", usd_per_hour=1.0, capacity=11.0, start_s=60.0, node_availability=0.9)
+
+    def kept(instances: int) -> Kept:
+        plan = failing(offer, traffic(day.arrival_s), instances)
+        assert plan is not None and plan.fails_s == pytest.approx(540.0)
+        return follow_demand(KNOWN, day, 1.0, TTFT, simulated_engine, plan)
+
+    bare, planned = kept(2), kept(2 + spare_instances(2, 0.9, 0.95))
+    assert bare.share < 0.9 and not bare.promised
+    assert planned.promised and 0.95 <= planned.share < 1, "those in flight are lost all the same"
+    assert failing(replace(offer, start_s=None), traffic(day.arrival_s), 2) is None
+    assert failing(replace(offer, replicas_per_instance=2), traffic(day.arrival_s), 2) is None
 
 
 def test_a_long_demand_is_replayed_as_far_as_the_steps_go():

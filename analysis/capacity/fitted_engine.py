@@ -88,7 +88,7 @@ class Requests:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedTimes:
-    """When each request had its first token and its last, on the clock of the arrivals."""
+    """When each request had its first token and its last, on the clock of the arrivals; NaN: its replica failed."""
 
     first_token_s: Floats
     finished_s: Floats
@@ -103,6 +103,8 @@ class Changes:
     replicas: Ints
     start_s: float
     """Until what is new answers."""
+    fails_s: float | None = None
+    """Mean time between failures of a replica that answers, which lose its requests; None: none fails."""
 
 
 Engine = Callable[[FittedEngine, Requests, int | Changes], ServedTimes]

@@ -68,6 +68,16 @@ def demand(arrival_s: Floats, amounts: Floats | None = None) -> TrafficDemand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DemandRates:
+    """A demand in four numbers."""
+
+    mean: float
+    worst_minute: float
+    total: int
+    span_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TierOffer:
     """One way to serve: a model on a tier, as it was measured."""
 
@@ -197,6 +207,8 @@ class Schedule:
     """By the minute from the first arrival, without spares; paid from the minute on."""
     start_s: float
     """Until what is new answers; 0 where it is asked for ahead."""
+    fails_s: float | None = None
+    """Mean time between failures of an instance that answers; None: none fails."""
 
     def up(self, since_s: Floats) -> Ints:
         """Instances that answer at moments after the first arrival, s: those wanted all through the last ``start_s``.
@@ -225,6 +237,19 @@ def schedule(offer: TierOffer, wanted: TrafficDemand, *, headroom: float = 1.0, 
     known = math.ceil(start_s / MINUTE_S) + 1 if ahead else 0  # minutes from the present one on
     target = [asked[max(0, t - HOLD_MINUTES) : max(1, t + known)].max() for t in range(len(asked))]
     return Schedule(target=np.array(target, dtype=np.int64), start_s=0.0 if ahead else start_s)
+
+
+def failing(offer: TierOffer, wanted: TrafficDemand, instances: int) -> Schedule | None:
+    """Always as many instances, each down for its start-up so often that it is up for ``offer.node_availability``.
+
+    None where the start-up time is not known or nothing fails, and where replicas share an instance, and so fail
+    together, which is not replayed.
+    """
+    down_s, up = offer.start_s, offer.node_availability
+    if not down_s or up == 1 or offer.replicas_per_instance > 1:
+        return None
+    target = np.full(len(wanted.per_minute), instances, dtype=np.int64)
+    return Schedule(target=target, start_s=down_s, fails_s=down_s * up / (1 - up))
 
 
 def autoscaled(

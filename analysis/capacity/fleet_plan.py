@@ -12,6 +12,7 @@ from harness.analysis.capacity.fitted_engine import FittedEngine, NotFittedError
 from harness.analysis.capacity.fleet import (
     HOLD_MINUTES,
     Autoscaled,
+    DemandRates,
     Fleet,
     Kept,
     Schedule,
@@ -19,6 +20,7 @@ from harness.analysis.capacity.fleet import (
     TierOffer,
     TrafficDemand,
     autoscaled,
+    failing,
     fleet,
     schedule,
     share_or_none,
@@ -109,6 +111,8 @@ class TierFleet:
     """The replay behind ``peak``; None: it is the fluid answer."""
     not_simulated: str | None
     """Why there was no replay."""
+    failures: Kept | None
+    """``peak`` when its instances fail as often as their availability says; None: not asked for, or not replayed."""
     reactive: Autoscaled
     scheduled: Autoscaled
     no_utilisation: str | None
@@ -118,16 +122,6 @@ class TierFleet:
     usd_per_1m_scheduled: float | None
     sensitivities: tuple[Sensitivity, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemandRates:
-    """A demand in four numbers."""
-
-    mean: float
-    worst_minute: float
-    total: int
-    span_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +274,9 @@ def _tier_fleet(
     fluid, _ = _utilised(fluid, bound, system, wanted)
     peak, no_utilisation = _utilised(peak, bound, system, wanted)
     reactive, scheduled = follows(ahead=False), follows(ahead=True)
+    failures, down = None, failing(offer, demand, peak.instances) if up is not None else None
+    if replays is not None and replayed is not None and down is not None:
+        failures = replays.scaled(system, replayed.engine, wanted.grow, down, 0, 1)
     return TierFleet(
         name=offer.name, model=system.model, tier=system.tier, slo=system.slo, evidence=system.evidence,
         replicas_measured=system.replicas, capacity=offer.capacity, capacity_low=bound.ends.get("low"),
@@ -290,7 +287,7 @@ def _tier_fleet(
         f"{' (OLD)' if is_old(system.price_date or '', today) else ''}; {system.price_source}",
         mean=fleet(offer, demand.mean), worst_minute=fleet(offer, demand.worst_minute), peak=peak, fluid=fluid,
         simulated=replayed, not_simulated=why if replayed is None else None, reactive=reactive, scheduled=scheduled,
-        no_utilisation=no_utilisation, usd_per_1m_served=wanted.usd_per_1m(peak.usd_per_hour),
+        failures=failures, no_utilisation=no_utilisation, usd_per_1m_served=wanted.usd_per_1m(peak.usd_per_hour),
         usd_per_1m_scheduled=wanted.usd_per_1m(scheduled.usd_per_hour), sensitivities=tuple(changed),
         notes=tuple(_notes(system, bound, wanted, today)),
     )  # fmt: skip

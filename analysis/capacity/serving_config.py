@@ -232,7 +232,7 @@ def cost_at(s: Summary, rate: Quantity, per: str = "input + output") -> Quantity
     """USD per 1M tokens at a token throughput, from the price of the run's own tier: dear when slow."""
     if s.tier is None or not (usd_per_hour := s.cost.usd_per_hour or 0.0) > 0:
         return at_rate(None, rate, per, why="no tier, so no price (--tier)")
-    usd_per_s = bill_usd(usd_per_hour, max(1, s.cost.replicas), 1.0)
+    usd_per_s = bill_usd(usd_per_hour, max(1, s.cost.paid), 1.0)
     within = own_error(s.server.model_facts)
     return at_rate(usd_per_s, rate, per, why=rate.note or "no tokens were counted", within=within)
 

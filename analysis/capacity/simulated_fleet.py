@@ -184,7 +184,7 @@ def follow(
         requests = resampled(requests, factor, even_s(requests.arrival_s), np.random.default_rng([seed, 0]))
     changes = Changes(
         at_s=began_s + MINUTE_S * np.arange(len(plan.target)), replicas=(plan.target + spares) * per_instance,
-        start_s=plan.start_s,
+        start_s=plan.start_s, fails_s=plan.fails_s,
     )  # fmt: skip
     served = delayed(engine(fitted, requests, changes), fitted.overhead_s)
     found = [(within(requests, served, one), one.wanted) for one in criteria]

@@ -62,7 +62,7 @@ def describe(s: Summary) -> System:
     return System(
         model=s.model, label=s.label, servers=servers_of(s), tier=s.tier.name if s.tier else None,
         engine=f"{s.engine} {s.server.version or ''}".strip(), args=tuple(s.server.args),
-        replicas=max(1, round(s.cost.replicas)), evidence=s.evidence, trace=s.plan.trace, loop=s.offered.kind,
+        replicas=max(1, s.cost.replicas), evidence=s.evidence, trace=s.plan.trace, loop=s.offered.kind,
     )  # fmt: skip
 
 

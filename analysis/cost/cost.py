@@ -91,14 +91,20 @@ class Cost:
     splits: Sequence[Split]
     bill_usd: float | None
     usd_per_hour: float | None
-    replicas: float
-    """Whole, but for servers that come and go: their mean number."""
+    replicas: int
     purchase: str | None
     region: str | None
     source: str | None
     date: str | None
     reason: str | None
     note: str | None
+    rented: float | None = None
+    """Mean number of servers that are paid for, where they come and go; None: ``replicas`` all the time."""
+
+    @property
+    def paid(self) -> float:
+        """Servers that are paid for, on average."""
+        return self.replicas if self.rented is None else self.rented
 
 
 def check_ratio(ratio: float) -> None:
@@ -142,7 +148,9 @@ def cost(
             at_rate(usd_per_s, weighted_rate, "input", why=reason, share=1 / ratio, within=within),
             at_rate(usd_per_s, weighted_rate, "output", why=reason, within=within),
         ),
-        splits=[_widened(split, within) for split in splits], bill_usd=bill, usd_per_hour=hourly, replicas=replicas,
+        splits=[_widened(split, within) for split in splits], bill_usd=bill, usd_per_hour=hourly,
+        replicas=replicas if isinstance(replicas, int) else max(1, round(replicas)),
+        rented=None if isinstance(replicas, int) else replicas,
         purchase=tier.purchase if tier else None, region=tier.region if tier else None,
         source=tier.source if tier else None, date=tier.date if tier else None, reason=reason, note=note,
     )  # fmt: skip

@@ -156,7 +156,7 @@ def _basis(s: Summary) -> str:
     cost = s.cost
     if s.tier is None:
         return "no price basis"
-    return f"{hourly(cost.usd_per_hour)} USD/h x {cost.replicas:.4g}, {cost.purchase}, {cost.date}"
+    return f"{hourly(cost.usd_per_hour)} USD/h x {cost.paid:.4g}, {cost.purchase}, {cost.date}"
 
 
 ASKED: dict[str, Callable[[Summary], object]] = {

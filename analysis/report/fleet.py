@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.analysis.capacity.fleet import Autoscaled
+from harness.analysis.capacity.fleet import Autoscaled, Kept
 from harness.analysis.capacity.fleet_plan import FleetPlan, TierFleet
 from harness.analysis.report.document import Cell, Section, Table
 from harness.analysis.report.figures import figure, price
@@ -58,6 +58,11 @@ def _sizes(plan: FleetPlan) -> Section:
     ]
     notes = [f"{one.name}: {one.slo}; price: {one.price_basis}" for one in plan.tiers]
     notes += [f"{one.name}: {note}" for one in plan.tiers for note in (_found_by(one), *one.notes)]
+    notes += [
+        f"{one.name}: when its instances fail and start again in {figure(one.start_s)} s, as often as their "
+        f"availability says, {_share(one.failures)} of requests keep the SLO (simulated; in brackets the worst minute)"
+        for one in plan.tiers if one.failures is not None
+    ]  # fmt: skip
     notes.append("utilisation is what harness price takes (--utilisation): its cost at that share is USD per 1M served")
     notes += [
         f"{one.name}: no utilisation: {one.no_utilisation}. Go by USD per 1M served"
@@ -132,10 +137,11 @@ def _scaling(plan: FleetPlan) -> Section:
 
 
 def _kept(one: Autoscaled) -> str:
-    if one.kept is None:
-        return "not simulated"
-    missed = "" if one.kept.promised else "MISSES: "
-    return f"{missed}{one.kept.share:.1%} ({one.kept.worst_minute:.0%})"
+    return "not simulated" if one.kept is None else _share(one.kept)
+
+
+def _share(kept: Kept) -> str:
+    return f"{'' if kept.promised else 'MISSES: '}{kept.share:.1%} ({kept.worst_minute:.0%})"
 
 
 def _changes(one: TierFleet) -> Section:

@@ -66,9 +66,9 @@ def headline(summary: Summary) -> str:
     """Model, hardware, evidence."""
     tier = tier_words(summary)
     where = (
-        f"{tier} x {summary.cost.replicas:.4g}"
+        f"{tier} x {summary.cost.paid:.4g}"
         if tier
-        else f"{summary.cost.replicas:.4g} {'server' if summary.cost.replicas == 1 else 'servers'}, no tier"
+        else f"{summary.cost.paid:.4g} {'server' if summary.cost.replicas == 1 else 'servers'}, no tier"
     )
     where += where_words(summary.label, servers_of(summary))
     return clean(f"{summary.model} on {where}, {summary.evidence} {summary.created[:10]}")
@@ -206,7 +206,7 @@ def _price_basis(summary: Summary) -> list[str]:
     cost = summary.cost
     basis = [cost.note] if cost.note else []
     basis.append(
-        f"{hourly(cost.usd_per_hour)} USD/h x {cost.replicas:.4g} {'replica' if cost.replicas == 1 else 'replicas'}, "
+        f"{hourly(cost.usd_per_hour)} USD/h x {cost.paid:.4g} {'replica' if cost.replicas == 1 else 'replicas'}, "
         f"bill of this window {figure(cost.bill_usd)} USD; {cost.purchase}, {cost.region}, "
         f"read {cost.date}; source: {cost.source}"
     )

@@ -185,8 +185,10 @@ def read_demand(path: Path, reading: ReadOptions) -> TraceDemand:
 
 def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int | Changes) -> ServedTimes:
     """The project's own engine with the fitted step (`harness.analysis.capacity.fitted_engine.Engine`)."""
+    import numpy as np
+
     from harness.analysis.capacity.fitted_engine import ServedTimes
-    from harness.cluster.simulator.elastic import Elastic, PlannedReplicas
+    from harness.cluster.simulator.elastic import Elastic, Failures, PlannedReplicas
     from harness.cluster.simulator.fleet import Workload, simulate
     from harness.cluster.simulator.scheduler import Limits
     from harness.cluster.simulator.step_time import LinearStep
@@ -199,6 +201,9 @@ def simulated_engine(fitted: FittedEngine, requests: Requests, replicas: int | C
     elastic = None
     if not isinstance(replicas, int):
         wanted = PlannedReplicas(at_s=replicas.at_s.tolist(), replicas=replicas.replicas.tolist())
-        elastic, replicas = Elastic(start_s=replicas.start_s, scaling=wanted), wanted.replicas[0]
+        failures = Failures(mean_s=replicas.fails_s)
+        elastic = Elastic(start_s=replicas.start_s, scaling=wanted, failures=failures)
+        replicas = wanted.replicas[0]
     done = simulate(load, limits, [step] * replicas, elastic=elastic)
-    return ServedTimes(first_token_s=done.first_token_s, finished_s=done.finished_s)
+    lost = np.isnan(done.finished_s)  # whatever it had of an answer
+    return ServedTimes(first_token_s=np.where(lost, np.nan, done.first_token_s), finished_s=done.finished_s)
