@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from harness.cluster.deploy.bundle_wheels import (
     Packages,
     download,
     here,
+    own_wheel,
     parse_packages,
     read_wheel,
     roots,
@@ -304,6 +306,14 @@ def test_a_platform_is_every_older_one_too() -> None:
     assert HostPython(python=(3, 12), platform=here()).glibc >= (2, 17)
     with pytest.raises(UsageError, match="write manylinux_MAJOR_MINOR_MACHINE with the host's glibc"):
         HostPython(python=(3, 12), platform="musllinux_1_2_x86_64").check()
+
+
+def test_a_host_of_another_machine_gets_the_reader_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "false")
+    other = "aarch64" if platform.machine() == "x86_64" else "x86_64"
+    built = own_wheel(HostPython(python=(3, 12), platform=f"manylinux_2_28_{other}"), tmp_path)
+    assert built.name.endswith("-py3-none-any.whl")
 
 
 def test_requirements_are_those_of_the_host(tmp_path: Path) -> None:
