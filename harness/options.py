@@ -375,6 +375,7 @@ class ReplayOptions:
             (untimed, "--no-stream answers have no ttft, tpot or itl_max: give an SLO on e2e, or stream"),
             (not re.fullmatch(r"[A-Za-z_]\w*", load.length_field),
              f"--length-field {load.length_field!r}: not the name of a field, like max_tokens"),
+            (load.live and serve.clock == "virtual", "--live shows a test as time passes: in virtual time none does"),
             (serve.metrics_urls and not serve.base_urls, f"--metrics-url {theirs} are known"),
             (serve.metrics_urls and load.no_counters,
              "--metrics-url says where the counters are, --no-counters not to read them: give one"),

@@ -96,6 +96,17 @@ def test_nothing_is_lost_when_the_axis_grows(waits: list[float]) -> None:
         assert all(len(line["y"]) == len(chart["x"]) <= BINS or "share of" in chart["title"] for line in chart["lines"])
 
 
+def test_time_begins_with_the_common_start_of_the_load_workers() -> None:
+    clock = Clock()
+    run = LiveRun(live(clock).test, starts_in_s=1.0, now=clock)
+    run.update(counts())
+    assert dict(run.facts())["time"] == "0 s of 60 s"
+    clock.s += 3.5
+    run.update(counts(sent=6))
+    clock.s += 0.5
+    assert charts(run)["Load"]["lines"][1]["y"] == [0.0, 0.0, 6.0], "in the third second of the plan"
+
+
 def test_servers_are_added_up_only_when_all_are_known() -> None:
     said: list[Any] = [{"running": 3.0, "waiting": 1.0, "kv_cache_usage": 0.25}, None]
     clock = Clock()

@@ -63,6 +63,7 @@ RULES = {
     "--length-field a-b --base-url http://127.0.0.1:1": "not the name of a field",
     "--metrics-url http://127.0.0.1:1/m": "--base-url",
     "--base-url http://127.0.0.1:1 --metrics-url http://127.0.0.1:1/m --no-counters": "give one",
+    "--live --clock virtual --engine simulated": "as time passes",
     "--key-header api-key": "ours take a bearer",
     '--extra-body {"stream":true}': "--no-stream",
 }

@@ -50,10 +50,12 @@ class LiveTest:
 class LiveRun:
     """Takes in the counts of a running test (`cluster.deploy.load_workers.LoadWorkers.poll`); safe between threads."""
 
-    def __init__(self, test: LiveTest, *, now: Callable[[], float] = time.monotonic) -> None:
-        """The test begins now. ``now``: a clock, s."""
+    def __init__(
+        self, test: LiveTest, *, starts_in_s: float = 0.0, now: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
+        """``starts_in_s``: from now to the common start of the load workers. ``now``: a clock, s."""
         self.test, self._now, self._lock = test, now, threading.Lock()
-        self._began, self._began_unix_s = now(), time.time()
+        self._began, self._began_unix_s = now() + starts_in_s, time.time() + starts_in_s
         self._bin_s = FIRST_BIN_S
         self._counts = {name: np.zeros(BINS) for name in COUNTS}
         self._means = {name: np.zeros((2, BINS)) for name in ("in_flight", *SERVER_COLUMNS)}  # sum, and of how many
@@ -184,7 +186,7 @@ class LiveRun:
     def facts(self) -> list[tuple[str, str]]:
         """What a reader looks at first: name and figure. The names are the same throughout a test."""
         with self._lock:
-            since = self._now() - self._began
+            since = max(0.0, self._now() - self._began)
             here = self._place()
             recent = slice(max(0, here - max(1, round(RECENT_S / self._bin_s))), max(1, here))
             done = float(self._counts["done"][recent].mean()) / self._bin_s
@@ -212,7 +214,7 @@ class LiveRun:
         """The page for Prometheus: text format 0.0.4. Names are vLLM's where it has them, under ``harness_``."""
         test = self.test
         with self._lock:
-            last, since = dict(self._last), self._now() - self._began
+            last, since = dict(self._last), max(0.0, self._now() - self._began)
             done = {"succeeded": last["done"] - last["failed"], "failed": last["failed"]}
             families = [
                 Family("run_info", "gauge", "The run, by its labels; always 1.", [({"model": test.model}, 1)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -67,9 +68,10 @@ def live_page(address: str | None) -> LivePage | None:
 
 @contextmanager
 def shown(
-    address: str | None, run: RunDir, spec: RunSpec, info: PlanInfo, attain: float, sampled: Sequence[ServerMetrics]
+    address: str | None, run: RunDir, spec: RunSpec, info: PlanInfo, attain: float, sampled: Sequence[ServerMetrics],
+    start_unix_ns: int,
 ) -> Iterator[LiveRun | None]:  # fmt: skip
-    """The test that begins now, on its page; its `update` wants the counts of the load workers."""
+    """The test that begins at ``start_unix_ns``, on its page; its `update` wants the counts of the load workers."""
     page = live_page(address)
     if page is None:
         yield None
@@ -88,7 +90,8 @@ def shown(
             run=run.path.name, model=spec.model or "", requests=info.requests,
             span_s=spec.duration_s if info.span_s is None else info.span_s, scheduled_s=scheduled,
             slo=spec.slo, attain=attain, servers=servers,
-        )
+        ),
+        starts_in_s=(start_unix_ns - time.time_ns()) / 1e9,
     )  # fmt: skip
     try:
         yield live

@@ -225,11 +225,15 @@ def execute_point(
             write_manifest(run, manifest)
             note_sent(manifest)
             sampling = sample_servers(servers, run, manifest.start_unix_ns, access, counters=spec.counters)
-            with sampling as sampled, shown(asked.live, run, spec, info, options.report.attain, sampled) as live:
+            span_s = None if info.span_s is None else info.span_s * servers.slow
+            attain, seen = options.report.attain, replace(info, span_s=span_s)
+            with (
+                sampling as sampled,
+                shown(asked.live, run, told, seen, attain, sampled, manifest.start_unix_ns) as live,
+            ):
                 progress = LoadProgress(
-                    console(), total=info.requests,
-                    span_s=None if info.span_s is None else info.span_s * servers.slow, slo=told.slo,
-                    attain=options.report.attain, also=live.update if live else None,
+                    console(), total=info.requests, span_s=span_s, slo=told.slo, attain=attain,
+                    also=live.update if live else None,
                 )  # fmt: skip
                 silence = Silence(lambda k: probe.answers(spec.base_urls[k], access, ASK_AGAIN_S))
                 cut, manifest.lost = watch(load, servers, stop, progress, deadline, lost, silence, run.manifest.exists)
