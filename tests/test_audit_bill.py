@@ -61,7 +61,10 @@ def test_a_judge_decides_only_where_it_is_believed(
     n = 160
     path = trace(tmp_path / "trace.jsonl", n, {"type": "judge", "rubric": "The answer is the word."})
     right = [[f"word{i}"] if i % 3 else [f"wrong {i}"] for i in range(n)]
-    current, small = (plant(fake_server, tmp_path, name, right) for name in ("current", "small"))
+    current, small = (  # of a judge that is not believed nobody is asked
+        plant(fake_server, tmp_path, name, right) if reply is fair else f"{name}@http://127.0.0.1:1/v1"
+        for name in ("current", "small")
+    )
     labels = [
         {"line": i + 1, "answer": f"word{i}" if i % 3 else f"wrong of the {who} {i}", "accepted": i % 3 > 0,
          "model": model}

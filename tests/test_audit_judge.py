@@ -48,8 +48,11 @@ def server(reply: Reply, seen: list[dict[str, object]] | None = None) -> Iterato
         def log_message(self, *args: object) -> None:
             pass
 
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listener.serve_forever, daemon=True)
+    class Listener(ThreadingHTTPServer):
+        request_queue_size = 128  # of five, the sixth that comes at once waits a second for the next SYN
+
+    listener = Listener(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{listener.server_port}/v1"

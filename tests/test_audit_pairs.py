@@ -229,12 +229,9 @@ def pairs_trace(path: Path, n: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("reply", [verdict("first"), verdict("tie")])
-def test_a_judge_that_is_not_believed_makes_an_audit_invalid_before_anybody_is_asked(
-    reply: Reply, tmp_path: Path
-) -> None:
+def test_a_judge_that_is_not_believed_makes_an_audit_invalid_before_anybody_is_asked(tmp_path: Path) -> None:
     path = pairs_trace(tmp_path / "trace.jsonl", N)
-    with server(reply) as url:
+    with server(verdict("first")) as url:
         code, found, heard = audited(path, url, "current@http://127.0.0.1:1/v1", [SMALL], "--keep-text")
     assert code == EXIT_INVALID, heard
     assert found["answers"][0]["verdict"]["word"] == "INVALID"

@@ -237,9 +237,9 @@ def _row(
     row = replace(row, calls=calls, escalated=up)
     fleets = [(fleet, share) for fleet, share in ((one.fleet, calls), (current, up)) if fleet is not None and share > 0]
     if not fleets:
-        tells = seen.astype(np.float64)
+        tells, all_ = seen.astype(np.float64), np.ones(len(seen))
         per_accepted = ratio(
-            [by_record(side.served, stated), tells], [side.served.accepted * tells, tells**0], session, weight
+            [by_record(side.served, stated), tells], [side.served.accepted * tells, all_], session, weight
         )
         return replace(row, usd_per_request=found.per_request, usd_per_accepted=per_accepted)
     whole = _not_below_0(found.per_request)
