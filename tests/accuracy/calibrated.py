@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import numpy as np
+
 from harness.cluster.hardware.calibrating import KERNELS
-from tests.accuracy.own_runs import SECOND, foretell, kept, models, qwen_fit, qwen_off
+from tests.accuracy.own_runs import SECOND, foretell, kept, models, qwen_fit, qwen_off, slots
 from tests.accuracy.recovery import FOUND, TRUTH
 
 
@@ -16,9 +18,7 @@ def sections() -> str:
 
 
 def _own() -> str:
-    if not kept():
-        return "(None is kept yet.)"
-    lines, told = [], []
+    lines, told, worst = [], [], []
     for model in models():
         found, loads = foretell(model, SECOND)
         numbers = ", ".join(
@@ -31,10 +31,24 @@ def _own() -> str:
             f"{one.measured[1]:.1f} | {one.measured[2]:.1f} | {_signed(one.off)} |"
             for one in loads
         ]
+        for second in slots(model)[1:]:
+            others = [one.off for one in foretell(model, second)[1] if one.fitted_to != "itself"]
+            most = " | ".join(f"{100 * value:.1f}" for value in np.abs(others).max(axis=0))
+            worst.append(f"| {model} | 1 and {second} in flight | {most} |")
     facts, _ = kept()[0]
-    head = "| model | load | requests | fitted to | TTFT p50, ms | TPOT p50, ms | tokens/s | TTFT | TPOT | cost |\n"
-    words = f"vLLM {facts['vllm']} on two cores ({facts['cpu']}). Numbers and their standard errors:\n\n"
-    return words + "\n".join(told) + "\n\n" + head + "|---" * 10 + "|\n" + "\n".join(lines)
+    inputs, outputs = (
+        np.concatenate([getattr(load, name) for _, load in kept()]).mean() for name in ("input_tokens", "output_tokens")
+    )  # fmt: skip
+    return (
+        f"vLLM {facts['vllm']} on two cores ({facts['cpu']}), which the load shares; prompts of {inputs:.0f}\n"
+        f"tokens and answers of {outputs:.0f} on average, none from a cache. Numbers and their standard errors:\n\n"
+        + "\n".join(told)
+        + "\n\nMeasured figures, and signed errors in %:\n\n"
+        "| model | load | requests | fitted to | TTFT p50, ms | TPOT p50, ms | tokens/s | TTFT | TPOT | cost |\n"
+        + "|---" * 10 + "|\n" + "\n".join(lines)
+        + "\n\nWhich second load is fitted matters: a step is not quite linear. Largest errors of the others, %:\n\n"
+        "| model | fitted to | TTFT | TPOT | cost |\n" + "|---" * 5 + "|\n" + "\n".join(worst)
+    )  # fmt: skip
 
 
 def _qwen() -> str:
@@ -65,9 +79,8 @@ def _signed(values: Sequence[float]) -> str:
 OWN = """## Calibrated on own runs
 
 `harness calibrate-model` fits the step of an engine to runs of it by simulating them. Below, the linear step of a CPU
-was fitted to two closed loops of each model, and foretells the other loads. Signed errors in %; cost is that of an
-output token at that load, so of a closed loop its inverse throughput, and of an open one hardly an error. Prompts are
-made up (log-normal, median 220 tokens; answers 50), no two alike.
+was fitted to two closed loops of each model, and foretells the other loads. Cost is that of an output token at that
+load, so its inverse throughput.
 
 {own}
 

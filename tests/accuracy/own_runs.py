@@ -32,7 +32,7 @@ from harness.cluster.simulator.vllm_limits import graph_sizes
 HERE = Path(__file__).parent
 ROWS, FACTS = HERE / "own-runs.npz", HERE / "own-runs.json"
 ARRAYS = ("sent_s", "input_tokens", "output_tokens", "ttft_s", "decode_s", "finished_s")
-SECOND = 4
+SECOND = 16
 """Slots of the second load that is fitted."""
 SHORT = {"sent_s": 4, "ttft_s": 4, "decode_s": 4, "finished_s": 4}
 """Decimals that are kept of a time in seconds."""
@@ -97,6 +97,11 @@ def kept() -> list[tuple[dict[str, Any], Load]]:
 def models() -> list[str]:
     """Of the runs."""
     return list(dict.fromkeys(facts["model"] for facts, _ in kept()))
+
+
+def slots(model: str) -> list[int]:
+    """Of its closed loops, ascending."""
+    return sorted({load.concurrency for facts, load in kept() if facts["model"] == model and load.concurrency})
 
 
 @cache
