@@ -29,7 +29,7 @@ from harness.trace import prefix as prefix_module
 from harness.trace.edit import Selection, anonymize, count_tokens, sample, write_trace
 from harness.trace.io import TraceRecord, open_trace
 from harness.trace.shape import described, measure
-from harness.trace.synth import parse_arrivals, parse_lengths, read_servegen, synthesize
+from harness.trace.synth import daily, drawn_apart, parse_arrivals, parse_lengths, read_servegen, synthesize
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "scenarios" / "traces"
@@ -460,7 +460,7 @@ def test_bad_distributions_are_refused(text):
 def test_synthetic_arrivals_have_rate_and_burstiness(arrivals, burst):
     # For windows much longer than a gap, variance / mean of counts tends to the squared cv of the gaps.
     records = synthesize(
-        gaps=parse_arrivals(arrivals, 20.0), input_tokens=parse_lengths("100"), output_tokens=parse_lengths("5"),
+        gaps=parse_arrivals(arrivals, 20.0), lengths=drawn_apart(parse_lengths("100"), parse_lengths("5")),
         requests=200_000, duration_s=None, seed=3,
     )  # fmt: skip
     shape = measure(records)
@@ -483,6 +483,23 @@ def test_synth_command(tmp_path):
     assert "--requests or --duration" in refused("synth", *common, "-o", tmp_path / "d.jsonl")
     assert "--output-tokens" in refused("synth", "--rate", "1", "--input-tokens", "5", "-o", tmp_path / "d.jsonl")
     assert "poisson" in refused("synth", *common, "--arrivals", "poison", "--requests", "1", "-o", tmp_path / "d.jsonl")
+
+
+def test_a_day_has_the_lengths_of_a_trace_and_its_busiest_hour(tmp_path):
+    day, like = tmp_path / "day.jsonl", SAMPLES / "azure-conv-2023.csv"
+    ok("synth", "--like", like, "--rate", "0.5", "--peak", "1.6", "--duration", "24h", "-o", day)
+    records = list(open_trace(day))
+    assert len(records) == pytest.approx(43_200, rel=0.02)
+    hours = np.histogram([one.arrival_s / 3600 for one in records], 24, (0, 24))[0] / 1800
+    assert hours[15:17].mean() == pytest.approx(1.6, rel=0.06) and hours[3:5].mean() == pytest.approx(0.4, rel=0.12)
+    known = {(one.input_tokens, one.output_tokens) for one in open_trace(like)}
+    assert {(one.input_tokens, one.output_tokens) for one in records} <= known, "input goes with its own output"
+    assert "comes from the trace" in refused("synth", "--like", like, "--rate", "1", "--input-tokens", "5",
+                                             "--requests", "1", "-o", tmp_path / "e.jsonl")  # fmt: skip
+    with pytest.raises(UsageError, match="from 1 to 2"):
+        daily(2.1)
+    steady = np.linspace(0, 3 * 86_400, 5000)
+    assert (np.diff(daily(2.0)(steady)) > 0).all() and daily(2.0)(steady)[-1] == pytest.approx(3 * 86_400)
 
 
 def test_servegen_rate_lengths_and_seed():

@@ -19,6 +19,7 @@ from harness.options import ReadOptions
 
 if TYPE_CHECKING:
     from harness.trace.io import Files, Trace, TraceRecord
+    from harness.trace.synth import Lengths
 
 Window = tuple[float, float]
 SEED = "Seed of what is random."
@@ -70,6 +71,11 @@ class SynthOptions:
     )
     input_tokens: str | None = opt(INPUTS, metavar="DIST")
     output_tokens: str | None = opt(OUTPUTS, metavar="DIST")
+    like: Path | None = opt("Lengths, input with output, of requests of this trace, in place of both.", kind=EXISTING)
+    peak: float | None = opt(
+        "Days with a busy afternoon: this many times the mean rate at 16 h, and as much below it at 4 h.",
+        kind=click.FloatRange(1, 2),
+    )  # fmt: skip
     requests: int | None = opt("How many.", kind=COUNT)
     duration_s: float | None = opt("For how long, e.g. 10m.")
     servegen: Path | None = opt("ServeGen client models, a folder.", kind=EXISTING)
@@ -186,6 +192,7 @@ def sample(trace: Files, output: Path, reading: ReadOptions, asked: SampleOption
     epilog="""\b
 Examples:
   harness trace synth --rate 8 --duration 10m --input-tokens lognormal:mean=900,cv=1.2 --output-tokens 200 -o t.jsonl
+  harness trace synth --like azure-conv-2023.csv --rate 1.157 --peak 1.6 --duration 24h -o day.jsonl.gz
   harness trace synth --servegen ServeGen/data/language/m-small --window 10h:11h -o t.jsonl
 """,
 )
@@ -194,25 +201,40 @@ Examples:
 def synth(output: Path, asked: SynthOptions) -> int:
     """Make up a trace from distributions of gaps and lengths, or from ServeGen's client models."""
     from harness.trace.edit import check_output
-    from harness.trace.synth import parse_arrivals, parse_lengths, synthesize
+    from harness.trace.synth import daily, parse_arrivals, synthesize
 
     check_output(output)
     rate, inputs, outputs = asked.rate, asked.input_tokens, asked.output_tokens
-    given = {"--rate": rate, "--input-tokens": inputs, "--output-tokens": outputs}
+    given: dict[str, object] = {"--rate": rate, "--input-tokens": inputs, "--output-tokens": outputs}
     if asked.servegen is not None:
+        given |= {"--like": asked.like, "--peak": asked.peak}
         if said := [flag for flag, value in given.items() if value is not None]:
             raise UsageError(f"{said[0]} comes from the model with --servegen")
         return _servegen(output, asked, asked.servegen)
-    if rate is None or inputs is None or outputs is None:
+    if asked.like is not None:
+        if said := [flag for flag in ("--input-tokens", "--output-tokens") if given[flag] is not None]:
+            raise UsageError(f"{said[0]} comes from the trace with --like")
+        given = {"--rate": rate}
+    if rate is None or None in given.values():
         missing = ", ".join(flag for flag, value in given.items() if value is None)
-        raise UsageError(f"say {missing} (or --servegen FOLDER)")
+        raise UsageError(f"say {missing} (or --servegen FOLDER, or --like TRACE for lengths)")
     if asked.window_s is not None:
         raise UsageError("--window goes with --servegen; say --duration or --requests")
     records = synthesize(
-        gaps=parse_arrivals(asked.arrivals, rate), input_tokens=parse_lengths(inputs),
-        output_tokens=parse_lengths(outputs), requests=asked.requests, duration_s=asked.duration_s, seed=asked.seed,
+        gaps=parse_arrivals(asked.arrivals, rate), lengths=_lengths(asked), requests=asked.requests,
+        duration_s=asked.duration_s, seed=asked.seed, warp=None if asked.peak is None else daily(asked.peak),
     )  # fmt: skip
     return _finish(records, output)
+
+
+def _lengths(asked: SynthOptions) -> Lengths:
+    """Where the lengths of made-up requests come from."""
+    from harness.trace.io import open_trace
+    from harness.trace.synth import drawn_apart, drawn_like, parse_lengths
+
+    if asked.like is not None:
+        return drawn_like(open_trace(asked.like))
+    return drawn_apart(parse_lengths(asked.input_tokens or ""), parse_lengths(asked.output_tokens or ""))
 
 
 @trace.command(

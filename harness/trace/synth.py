@@ -21,7 +21,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,18 +150,57 @@ def draw_lengths(
 _MAX_MODEL_BYTES = 256 * 2**20
 
 
+DAY_S, TROUGH_S = 86_400.0, 4 * 3600.0
+Lengths = Callable[[np.random.Generator, int], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+"""Input and output tokens of so many requests."""
+
+
+def drawn_apart(input_tokens: LengthDistribution, output_tokens: LengthDistribution) -> Lengths:
+    """Both lengths of a request drawn each by itself."""
+    return lambda rng, n: (input_tokens.draw_tokens(rng, n), output_tokens.draw_tokens(rng, n))
+
+
+def drawn_like(records: Iterable[TraceRecord]) -> Lengths:
+    """Both lengths of a request of the trace, drawn with replacement. Raises `UsageError` where one says none."""
+    pairs = [(one.input_tokens, one.output_tokens) for one in records]
+    if not pairs or any(None in pair for pair in pairs):
+        raise UsageError("--like: a trace whose requests all say how many tokens went in and came out")
+    whole = np.array(pairs, dtype=np.int64)
+
+    def draw(rng: np.random.Generator, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        chosen = whole[rng.integers(len(whole), size=n)]
+        return chosen[:, 0], chosen[:, 1]
+
+    return draw
+
+
+def daily(peak: float) -> Callable[[Floats], Floats]:
+    """From seconds at a steady rate to seconds of days whose busiest moment has ``peak`` times that rate.
+
+    The rate is a cosine of the time of day, lowest at 4 h and highest at 16 h: its mean stays. Raises `UsageError`
+    unless ``peak`` is from 1 to 2, where the trough has none left.
+    """
+    if not 1 <= peak <= 2:
+        raise UsageError(f"--peak {peak:g}: the busiest moment over the mean of a day is from 1 to 2")
+    at_s = np.linspace(0.0, DAY_S, 1441)
+    turn = 2 * np.pi / DAY_S
+    come_s = at_s - (peak - 1) / turn * (np.sin(turn * (at_s - TROUGH_S)) + np.sin(turn * TROUGH_S))
+
+    def warp(steady_s: Floats) -> Floats:
+        days, rest_s = np.divmod(steady_s, DAY_S)
+        warped: Floats = days * DAY_S + np.interp(rest_s, come_s, at_s)
+        return warped
+
+    return warp
+
+
 def synthesize(
-    *,
-    gaps: LengthDistribution,
-    input_tokens: LengthDistribution,
-    output_tokens: LengthDistribution,
-    requests: int | None,
-    duration_s: float | None,
-    seed: int,
-) -> Iterator[TraceRecord]:
+    *, gaps: LengthDistribution, lengths: Lengths, requests: int | None, duration_s: float | None, seed: int,
+    warp: Callable[[Floats], Floats] | None = None,
+) -> Iterator[TraceRecord]:  # fmt: skip
     """Requests with these gaps (s) and lengths, the first at 0, until there are ``requests`` or ``duration_s`` is over.
 
-    Raises `UsageError` when neither end is given.
+    ``warp``: of their times (`daily`); None: as they are. Raises `UsageError` when neither end is given.
     """
     if requests is None and duration_s is None:
         raise UsageError("say where the trace ends: --requests or --duration")
@@ -169,8 +208,9 @@ def synthesize(
     made, now_s = 0, 0.0
     while requests is None or made < requests:
         times = now_s + np.concatenate([[0.0], np.cumsum(gaps.draw(rng, _BATCH))])
-        into, out = input_tokens.draw_tokens(rng, _BATCH), output_tokens.draw_tokens(rng, _BATCH)
-        for arrival_s, i, o in zip(times[:-1].tolist(), into.tolist(), out.tolist(), strict=True):
+        into, out = lengths(rng, _BATCH)
+        placed = times[:-1] if warp is None else warp(times[:-1])
+        for arrival_s, i, o in zip(placed.tolist(), into.tolist(), out.tolist(), strict=True):
             if (duration_s is not None and arrival_s >= duration_s) or made == requests:
                 return
             made += 1
