@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 """Pages of the site alone. What it shows from elsewhere is in `docs/mounted.py`."""
 REASONS = (
-    "installs packages", "needs a GPU", "needs a cluster", "needs AWS", "needs Kubernetes", "needs a container builder",
+    "installs packages", "downloads packages", "on another host",
+    "needs a GPU", "needs a cluster", "needs AWS", "needs Kubernetes", "needs a container builder",
     "needs the network", "needs a browser", "takes minutes", "run by its own test",
 )  # fmt: skip
 """Why `tests/test_documents.py` does not run a block of commands. Above it stands ``<!-- not run: needs a GPU -->``."""
