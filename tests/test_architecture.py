@@ -16,7 +16,8 @@ PACKAGES = ("harness", "scenarios", "cluster", "analysis")
 # The only package that may see all four; it imports a verb's module when the verb is run (tests/test_verb.py).
 TOP = "harness.cli"
 # The last three are imported as harness.scenarios and so on (the links in harness/); here each goes by its folder.
-MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+# Examples are a user's code: in no package, and free to use all of it.
+MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py") if p.parent.name != "examples")
 
 
 def module_name(path: Path) -> str:
