@@ -205,8 +205,6 @@ def _address(text: str) -> str:
     return f"{host.strip('[]') or '127.0.0.1'}:{int(port)}"
 
 
-LIVE_ADDRESS = "127.0.0.1:9464"
-"""The port that exporters for Prometheus have by convention of OpenTelemetry."""
 COUNT = click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 PATH = click.Path(path_type=Path)

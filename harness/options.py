@@ -26,7 +26,6 @@ from harness.option_types import (
     FILE,
     GROWTH,
     JSON_OBJECT,
-    LIVE_ADDRESS,
     NEW_FILE,
     POSITIVE,
     SHARE,
@@ -275,8 +274,8 @@ class LoadOptions(AccessOptions):
         "Do not read the servers' own counters: token counts and restarts are then not checked.", False
     )
     live: str | None = opt(
-        "Show the test as it runs: a page with its charts, and /metrics for Prometheus, at http://localhost:9464 or at "
-        "this port or address.", kind=ADDRESS, bare=LIVE_ADDRESS, metavar="[[HOST:]PORT]",
+        "Show the test as it runs, with /metrics for Prometheus, at http://127.0.0.1:9464 or this address.",
+        kind=ADDRESS, bare="127.0.0.1:9464", metavar="[[HOST:]PORT]",
     )  # fmt: skip
     slo: Mapping[str, float] | None = opt(
         "The SLO: ttft=2s,tpot=100ms of each request, or ttft_p99=2s,tpot_p95=80ms (also e2e, itl_max).",
