@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +18,7 @@ from click.testing import CliRunner
 from harness.cli import cli
 from harness.cluster.catalogue.models import get_model
 from harness.cluster.catalogue.tiers import get_tier
+from harness.cluster.engines.fake.engine import engine_of
 from harness.cluster.engines.simulated import SimulatedServer, simulated_engine
 from harness.cluster.hardware.calibrating import KERNELS, calibrate, linear_numbers
 from harness.cluster.hardware.calibration import (
@@ -168,6 +171,29 @@ def test_advice_takes_what_was_measured_and_shows_it_beside(folder: Path, found:
     (offer,) = told["offers"]
     assert offer["step_times"] == "fitted" and offer["low"] < offer["usd_per_1m_output"] < offer["high"]
     assert told["calibrations"] == [msgspec.to_builtins(found)]
+
+
+def test_kernels_take_factors_and_are_no_longer_uncalibrated() -> None:
+    model, tier = get_model("qwen3-32b"), get_tier("aws-g6e.12xlarge")
+    bare = simulated_engine(model, tier)
+    found = replace(
+        CALIBRATION, model=model.name, tier=tier.name, chip=bare.chip, tensor_parallel=bare.tensor_parallel,
+        kind="kernels", numbers={"kernels": 2.0, "mixed": 1.0, "sequence_s": 1e-3},
+    )  # fmt: skip
+    mine = simulated_engine(model, tier, calibration=found)
+    assert mine.step_time((), 8, 800) > 1.9 * bare.step_time((), 8, 800)
+    assert "uncalibrated" in bare.facts and "uncalibrated" not in mine.facts
+    assert mine.source == "fitted" and mine.cost_within is not None and mine.facts["step_source"] == "fitted"
+    with pytest.raises(UsageError, match="it is of"):
+        simulated_engine(model, get_tier("aws-p5.48xlarge"), calibration=found)
+
+
+def test_servers_in_real_time_take_it() -> None:
+    text = msgspec.json.encode(CALIBRATION).decode()
+    args = argparse.Namespace(step=None, simulate=[MODEL, TIER], calibration=text, slow=1.0)
+    paced = engine_of(args, asyncio.new_event_loop())
+    known = simulated_engine(get_model(MODEL), get_tier(TIER), calibration=CALIBRATION)
+    assert paced.step_time((), 3, 900) == known.step_time((), 3, 900) == engine(TRUTH).step_time((), 3, 900)
 
 
 def test_a_file_is_for_its_own_model_and_hardware(folder: Path, found: ModelCalibration) -> None:
