@@ -4,7 +4,7 @@
 #   apt-get install buildah mmdebstrap crun      needs root (or a user namespace); then
 #   tests/image/build.sh client                  or: cpu
 #
-# Environment: BUILD (default build/image) keeps the base and buildah's storage: 2 GB for the client, 15 GB for cpu;
+# Environment: BUILD (default build/image) keeps the base and buildah's storage: 2 GB for the client, 12 GB for cpu;
 # CA: a bundle of certificates to trust while building, as behind a proxy;
 # TORCH_WHEELS: a folder with torch for the CPU, where PyTorch's own index cannot be reached.
 set -euo pipefail
@@ -13,7 +13,7 @@ target=${1:?client or cpu}
 BUILD=$(realpath -m "${BUILD:-build/image}")
 mkdir -p "$BUILD"
 
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs
+export BUILDAH_ISOLATION=chroot
 bud() { buildah --root "$BUILD/storage" --runroot "$BUILD/run" "$@"; }
 
 [ -e "$BUILD/base.tar" ] || mmdebstrap --variant=minbase bookworm "$BUILD/base.tar" "${MIRROR:-http://deb.debian.org/debian}"
