@@ -191,9 +191,9 @@ class ServeOptions:
         "Of a simulated engine: answer over HTTP as time passes (real, the default), or serve the plan at once, in "
         "virtual time, without servers or Ray.", kind=ClockName,
     )  # fmt: skip
-    slow: float = opt(
+    slow: float | None = opt(
         "Of a simulated engine over HTTP: it and its clients are this many times as slow, so that this machine keeps "
-        "up; every time in the run is scaled back.", 1.0, kind=POSITIVE,
+        "up; every time in the run is scaled back.", kind=POSITIVE,
     )  # fmt: skip
     step: tuple[float, ...] | None = opt(
         "What a step of a simulated engine takes, ms: base, for each sequence, each prompt token and, if given, each "

@@ -74,6 +74,11 @@ def test_repeats_do_not_shrink_what_they_share(runs: dict[str, Path]) -> None:
     assert pooled.low <= pooled.value * within[0] and pooled.high >= pooled.value * within[1]
 
 
+def test_no_fleet_is_planned_by_a_bound(runs: dict[str, Path]) -> None:
+    done = harness("plan-fleet", runs["kernels"].parents[1] / "t.jsonl", runs["bound"])
+    assert done.return_value != 0 and "lower bounds" in " ".join(done.output.split())
+
+
 def test_text_page_and_json_show_the_wide_interval(runs: dict[str, Path]) -> None:
     run = runs["kernels"]
     cost = summary(run).cost.usd_per_1m_total

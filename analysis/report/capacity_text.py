@@ -40,7 +40,7 @@ def _sentence(system: ServingConfig) -> str:
             "the highest load that was measured keeps it, so capacity lies beyond and has no figure."
         )
     load = f"{figure(found.load.value)} {system.unit}{within(found.load, figure)}{_sent(system)}"
-    said = f"{system.name} carries {load} with {slo}"
+    said = f"{system.name} carries {'at most ' if system.costs_at_least else ''}{load} with {slo}"
     said += f"; what breaks first: {found.limit.name}." if found.limit and len(system.criteria) > 1 else "."
     total, tokens = system.usd_per_1m_total, found.rates.get("total_token_throughput")
     if tokens is not None and tokens.value is not None:

@@ -89,11 +89,13 @@ def plan_fleet(
     runs = find_runs(*measured)
     slos: list[dict[str, float] | None] = [*asked.slo] or [None]
     summaries = [judged(runs, lambda _, found: found, slo=slo, attain=asked.attain) for slo in slos]
-    systems, *others = [serving_configs(found) for found in summaries]
+    systems, *others = [serving_configs([s for s in found if not s.costs_at_least]) for found in summaries]
+    bounds = [(s.run, "lower bounds, by the chip's data sheet") for s in summaries[0] if s.costs_at_least]
     plan = plan_fleets(
         systems, grown(wanted, asked.grow), made=now_utc(), trace=str(trace),
         others=[one for found in others for one in found],
-        refused=[(s.run, f"{s.verdict}: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"],
+        refused=[(s.run, f"{s.verdict}: {'; '.join(s.reasons)}") for s in summaries[0] if s.verdict != "VALID"]
+        + bounds,
         replays=_Replays(demand.replayable, {s.run: path for s, path in zip(summaries[0], runs, strict=True)}),
     )  # fmt: skip
     present(plan, fleet_sections(plan), format_, html=html, verb="plan-fleet")

@@ -240,7 +240,10 @@ def _load(
     found = passes[k][0]
     if passes[0][0].problem or found.problem or found.grades is None:
         why = None if found.problem else no_hardware(models[k])
-        return LoadPass(slo_met=None, words=f"not measured here: {why}" if why else "not loaded")
+        return LoadPass(
+            slo_met=None,
+            words=f"not measured here: {why} (--engine simulated says what it may cost)" if why else "not loaded",
+        )
     rows, tokens = (found.grades.column(name).to_pylist() for name in ("record", "output_tokens"))
     lengths = {row: length for row, length in zip(rows, tokens, strict=True) if length is not None}
     say(f"load: {models[k].name}")

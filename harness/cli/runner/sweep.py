@@ -222,6 +222,8 @@ class Session:
         words = [*found.reasons]
         if before := run.manifest.restarts_before:
             words.append(f"on a server that died before it: {'; '.join(r.words for r in before)}")
+        if found.costs_at_least:
+            words.append("simulated by a data sheet: costs and latencies are lower bounds")
         point.state, point.verdict, point.reason = "done", found.verdict, "; ".join(words) or None
         point.slo_met = found.slo.met if found.slo else None
         point.figures = {

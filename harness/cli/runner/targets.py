@@ -306,14 +306,14 @@ def _simulated_target(asked: ServeOptions) -> SimulatedTarget:
         raise UsageError("--engine simulated starts its servers: drop --base-url")
     if asked.tier is None:
         raise UsageError("which hardware is simulated? --tier NAME ('harness tiers' lists them)")
-    if asked.clock == "virtual" and asked.slow != 1:
+    if asked.clock == "virtual" and asked.slow is not None:
         raise UsageError("--slow: virtual time takes what it takes to compute: drop it or --clock virtual")
     if asked.clock != "virtual":
         check_ray()
     model, tier = get_model(asked.model or DEFAULT_MODEL), get_tier(asked.tier)
     kind = VirtualTarget if asked.clock == "virtual" else SimulatedTarget
     calibration = asked_calibration(asked)
-    return kind(model, tier, asked.replicas, asked.on_replica_death, asked.step, calibration, asked.slow)
+    return kind(model, tier, asked.replicas, asked.on_replica_death, asked.step, calibration, asked.slow or 1.0)
 
 
 def asked_calibration(asked: ServeOptions) -> ModelCalibration | None:
@@ -336,7 +336,7 @@ def choose_target(options: ReplayOptions, *, start: bool = True) -> Target:
     asked = options.serve
     if asked.engine == "simulated":
         return _simulated_target(asked)
-    if (asked.step, asked.clock, asked.calibration, asked.slow) != (None, None, None, 1.0):
+    if (asked.step, asked.clock, asked.calibration, asked.slow) != (None, None, None, None):
         raise UsageError("--step, --clock, --slow and --calibration are of a simulated engine: add --engine simulated")
     if asked.base_urls:
         if options.load.tls_ca:
