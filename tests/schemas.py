@@ -62,6 +62,8 @@ DOCUMENTS = (
     Document("harness.fleet/1", "harness.analysis.capacity.fleet_plan:FleetPlan", "harness plan-fleet"),
     Document("harness.advice/1", "harness.cli.documents:Advice", "harness advise"),
     Document("harness.audit/1", "harness.analysis.audit.report:AuditReport", "harness audit; its report.json"),
+    Document("harness.audit-plan/1", "harness.cli.documents:AuditPlan", "harness audit --dry-run"),
+    Document("harness.audit-grades/1", "harness.cli.documents:AuditGrades", "harness audit grade"),
     Document("harness.lint/1", "harness.checks.lint:Lint", "harness audit lint", extra={"sound": {"type": "boolean"}}),
     Document("harness.sweep-plan/1", "harness.cli.documents:SweepPlan", "harness sweep --dry-run"),
     Document("harness.trace/1", "harness.trace.shape:TraceShape", "harness trace inspect", extra=_OPEN),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests import schemas
 from tests.conftest import ROOT, harness
 from tests.golden.cases import unpacked
 from tests.schemas import DOCUMENTS, PROMISED, SCHEMAS, broken, check, promises
+
+PACKAGES = ("harness", "scenarios", "cluster", "analysis")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,16 @@ def test_manifests_of_old_runs_are_valid(tmp_path: Path) -> None:
         assert len(files) > 5
         for file in files:
             check({"schema": "harness.run/1", **json.loads(file.read_text())}, closed=False)
+
+
+def test_every_name_in_the_code_has_its_schema() -> None:
+    code = "".join(path.read_text() for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
+    named = set(re.findall(r"\"(harness\.[a-z-]+/\d+)\"", code)) - {"harness.listprices/1"}  # a file that is read alone
+    assert named - {one.schema for one in DOCUMENTS} == set()
+    lists = re.findall(r"print_json\(\[.*", code)
+    assert lists == ["print_json([dict(zip(names, row, strict=True)) for row in rows])"], (
+        "harness sql: what was asked for"
+    )
 
 
 def test_every_document_is_in_the_site() -> None:

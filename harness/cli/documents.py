@@ -200,6 +200,60 @@ class SweepPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedModel:
+    """What an audit would ask of one model."""
+
+    model: str
+    requests: int
+    hours: float
+    usd: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditPower:
+    """What so many records can prove where both models are equally good, with 80 % power."""
+
+    discordance: float
+    """Share of the grades that differ."""
+    provable_margin: float | None
+    records_needed: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditPlan:
+    """Of ``harness audit --dry-run``."""
+
+    schema: Literal["harness.audit-plan/1"] = "harness.audit-plan/1"
+    records: int
+    sessions: int
+    margin: float
+    models: Sequence[PlannedModel]
+    power: Sequence[AuditPower]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regraded:
+    """One model before and after: shares accepted and, of a candidate, the difference with both ends."""
+
+    model: str
+    accepted: float | None
+    accepted_before: float | None
+    difference: tuple[float, float, float] | None
+    difference_before: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditGrades:
+    """Of ``harness audit grade``: kept answers held against other checks."""
+
+    schema: Literal["harness.audit-grades/1"] = "harness.audit-grades/1"
+    after_the_results: Literal[True] = True
+    """The checks were chosen after the results, so they decide nothing."""
+    margin: float
+    models: Sequence[Regraded]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunsReport:
     """Of ``harness report`` on several runs: the systems among them, their capacity and cost."""
 

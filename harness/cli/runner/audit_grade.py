@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from harness.audit.grades import FILE, grades_of, read_grades
 from harness.audit.records import AuditedRecord, order, read_records
 from harness.checks.grade import Grader
 from harness.checks.spec import Check, decode_check, parse_check
+from harness.cli.documents import AuditGrades, Regraded
 from harness.cli.output import print_json, print_table, say
 from harness.errors import EXIT_VALID, UsageError
 from harness.options import PlanOptions
@@ -40,17 +41,6 @@ class OtherCheck:
     def is_for(self, record: AuditedRecord) -> bool:
         """Whether the record has all the tags."""
         return self.when.items() <= dict(record.source.tags or ()).items()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Regraded:
-    """One model before and after: shares accepted and, of a candidate, the difference with both ends."""
-
-    model: str
-    accepted: float | None
-    accepted_before: float | None
-    difference: tuple[float, float, float] | None
-    difference_before: tuple[float, float, float] | None
 
 
 def read_checks(path: Path) -> list[OtherCheck]:
@@ -172,10 +162,7 @@ def _difference(
 
 def _print(rows: Sequence[Regraded], state: AuditState, format_: str) -> None:
     if format_ == "json":
-        print_json({
-            "schema": "harness.audit-grades/1", "after_the_results": True, "margin": state.margin,
-            "models": [asdict(row) for row in rows],
-        })  # fmt: skip
+        print_json(AuditGrades(margin=state.margin, models=rows))
         return
 
     def share(value: float | None) -> str:

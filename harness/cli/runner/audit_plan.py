@@ -68,11 +68,12 @@ def dry_run(
     """What would be asked, how long that takes and what it costs, and what so many records can prove."""
     from harness.analysis.quality.paired import ALPHA
     from harness.analysis.quality.power import provable_margin, records_needed
+    from harness.cli.documents import AuditPlan, AuditPower, PlannedModel
     from harness.cluster.catalogue.tiers import get_tier
 
     n, sessions = len(graded), len({record.session for record in graded})
     tokens = sum(cap(record, want.max_answer) for record in graded)
-    rows: list[dict[str, object]] = []
+    rows: list[PlannedModel] = []
     for k, pair in enumerate(models):
         tier = get_tier(pair.tier) if pair.tier else None
         searched = tier is not None and not want.quick
@@ -80,33 +81,31 @@ def dry_run(
         passes = want.repeats * (2 if k == 0 else 1)
         hours = (2 * start_s(pair, tier) + passes * (tokens * ITL_S / want.in_flight + BETWEEN_S) + load_s) / 3600
         usd = hours * usd_per_hour(pair, tier) if tier else None
-        rows.append({"model": pair.name, "requests": passes * n, "hours": hours, "usd": usd})
+        rows.append(PlannedModel(model=pair.name, requests=passes * n, hours=hours, usd=usd))
     alpha = ALPHA / max(1, len(models) - 1)
     power = [
-        {
-            "discordance": psi, "provable_margin": provable_margin(n, psi, alpha=alpha, sessions=sessions),
-            "records_needed": records_needed(psi, want.margin, alpha=alpha, per_session=n / sessions),
-        }
+        AuditPower(
+            discordance=psi, provable_margin=provable_margin(n, psi, alpha=alpha, sessions=sessions),
+            records_needed=records_needed(psi, want.margin, alpha=alpha, per_session=n / sessions),
+        )
         for psi in CANDIDATE_PSI
     ]  # fmt: skip
     if asked.report.format_ == "json":
-        print_json({
-            "schema": "harness.audit-plan/1", "records": n, "sessions": sessions, "margin": want.margin,
-            "models": rows, "power": power,
-        })  # fmt: skip
+        print_json(AuditPlan(records=n, sessions=sessions, margin=want.margin, models=rows, power=power))
         return EXIT_VALID
     print_table(
         ("model", "graded requests", "about hours", "USD"),
-        [(str(row["model"]), f"{row['requests']:,}", f"{row['hours']:.2f}",
-          "-" if row["usd"] is None else f"{row['usd']:.4f}") for row in rows],
+        [(row.model, f"{row.requests:,}", f"{row.hours:.2f}", "-" if row.usd is None else f"{row.usd:.4f}")
+         for row in rows],
     )  # fmt: skip
     print(f"{n:,} graded records in {sessions:,} sessions. Where both models are equally good, with 80 % power:")
     for one in power:
-        margin = one["provable_margin"]
+        margin = one.provable_margin
+        needed = "more than can be said" if one.records_needed is None else f"about {one.records_needed:,}"
         proves = "prove no margin" if margin is None else f"prove a margin of {100 * margin:.1f} points"
         print(
-            f"  {100 * (one['discordance'] or 0):g} % of grades differ: {n:,} records {proves}; "
-            f"{100 * want.margin:g} points need about {one['records_needed']:,}"
+            f"  {100 * one.discordance:g} % of grades differ: {n:,} records {proves}; "
+            f"{100 * want.margin:g} points need {needed}"
         )
     print("Records of a session that are alike are worth less: the audit measures by how much. Hours assume "
           f"{1 / ITL_S:.0f} tokens/s per request and answers as long as their caps.")  # fmt: skip
