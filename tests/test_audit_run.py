@@ -135,11 +135,12 @@ def test_each_planted_truth_gets_its_verdict(planted: Planted, tmp_path: Path) -
     assert not [path for path in files if b"secretword" in path.read_bytes()] and "secretword" not in said
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in (folder / "traces").iterdir())
 
-    # it goes on where it was: nothing is asked again
-    again, second, heard = audit(trace, planted, "--margin", "2pt", "--resume", str(folder), candidates=both)
+    # it goes on where it was: nothing is asked again, and what was not loaded is, for its bill, if asked for
+    more = ("--resume", str(folder), "--load-all")
+    again, second, heard = audit(trace, planted, "--margin", "2pt", *more, candidates=both)
     assert again == EXIT_VALID, heard
     assert [a["verdict"]["word"] for a in second["answers"]] == words
-    assert heard.count(": kept, ") == 6
+    assert heard.count(": kept, ") == 6 and second["models"][2]["load"].startswith("200 req/s")
     other, _, refused = audit(trace, planted, "--margin", "3pt", "--resume", str(folder), candidates=both)
     assert other == EXIT_USAGE and "margin" in refused
 
