@@ -116,7 +116,7 @@ def test_what_is_not_known_of_fullness_is_null(tmp_path):
     assert s.fullness.in_flight == pytest.approx(s.rates.concurrency.value)
 
 
-def test_capacity_keeps_the_interval_of_its_cost(tmp_path):
+def test_capacity_keeps_the_interval_of_its_cost(tmp_path, monkeypatch):
     """Between a load that keeps the SLO and one that misses it the cost is that at capacity: an estimate."""
     runs = []
     for k, (every_s, slow) in enumerate(((0.1, 4), (0.05, 200))):
@@ -135,3 +135,8 @@ def test_capacity_keeps_the_interval_of_its_cost(tmp_path):
     assert made.at == "a measured load" and made.total.value is not None
     assert (made.total.low, made.total.high) == (None, None)
     assert any("the cost at this load, which was given" in note for note in made.notes)
+
+    load = system.capacity.load
+    below = replace(system, capacity=replace(system.capacity, load=replace(load, value=1.0, low=None, high=None)))
+    monkeypatch.setattr("harness.analysis.pricing.operating_point.serving_configs", lambda runs: [below])
+    assert operating_point(runs).at != "capacity", "below all that was measured: nothing is extrapolated"

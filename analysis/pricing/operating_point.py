@@ -71,6 +71,8 @@ def _at_capacity(system: ServingConfig, runs: Sequence[Summary]) -> OperatingPoi
     if found is None or found.load.value is None or cost.value is None:
         return None
     load = found.load.value
+    if load < min(system.loads):  # nothing is extrapolated
+        return None
     below = max(x for x in system.loads if x <= load)
     above = min((x for x in system.loads if x > load), default=below)
     around = [[s for s in runs if offered(s) == x] for x in dict.fromkeys((below, above))]
