@@ -393,4 +393,6 @@ def test_every_example_of_the_page_is_true(example: dict[str, Any]) -> None:
 def test_the_page_names_every_kind_of_check() -> None:
     kinds = {str(kind.__struct_config__.tag) for kind in get_args(Check)}
     assert not [kind for kind in kinds if f"`{kind}`" not in PAGE and f'"{kind}"' not in PAGE]
-    assert {example["check"]["type"] for example in EXAMPLES} == kinds - {"code", "judge"}
+    assert {example["check"]["type"] for example in EXAMPLES} == kinds - {"code", "judge", "prefer"}, (
+        "but those that need more than an answer"
+    )

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from run_files import bad, good
-from test_page import browser, view, visit  # noqa: F401 - fixtures
+from test_page import view, visit  # noqa: F401 - fixtures
 
 from harness.analysis.report.document import Section
 from harness.analysis.report.page import GLOSSARY, render_page, with_terms, write_sections_page

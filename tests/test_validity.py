@@ -385,6 +385,8 @@ def test_price_date(tmp_path, date, ok):
 def test_no_figure_depends_on_when_it_is_read():
     """A verdict is a function of the run directory: the same files give the same verdict for ever."""
     for file in Path(metrics.__file__).parent.rglob("*.py"):
+        if file.name == "live.py":  # shows a test that is going on; reads no run directory
+            continue
         assert not re.search(r"\b(today|now|time\.time|monotonic)\(", file.read_text()), file.name
 
 

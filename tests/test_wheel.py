@@ -169,9 +169,13 @@ def metadata(wheel: Path) -> email.message.Message:
 def test_one_name_is_installed_with_every_file_it_reads(pure: Path) -> None:
     with zipfile.ZipFile(pure) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
+    beside = {name for name in files if ".data/data/" in name}  # completions, where shells look for them
+    assert {name.partition(".data/data/")[2].split("/")[0] for name in beside} == {"share"}
+    files -= beside
     assert {name.partition("/")[0] for name in files} == {"harness"}, "a user's own modules may have any other name"
     packaged = known("harness", "analysis", "cluster", "scenarios")
     ours = {name if name.startswith("harness/") else f"harness/{name}" for name in packaged if (ROOT / name).is_file()}
+    ours -= {f"harness/shell/{Path(name).name}" for name in beside}
     missing = ours - files - {"harness/scenarios/client/_reader.c", "harness/scenarios/traces/.gitattributes"}
     assert not missing, "in the repository, and not in the wheel: package-data in pyproject.toml"
 
