@@ -75,6 +75,13 @@ def test_each_condition_is_a_case(tmp_path: Path) -> None:
     assert results(suite_of_comparison(other)) == {"comparable": "error"}
 
 
+def test_a_condition_on_both_sides_of_its_bound_is_no_pass(tmp_path: Path) -> None:
+    found = compare(side(tmp_path / "a", 1), side(tmp_path / "b", 2), [parse_gate("tpot_p50 > +1%")])
+    open_ = [replace(load, gates=tuple(replace(g, outcome="undecided") for g in load.gates)) for load in found.loads]
+    said = results(suite_of_comparison(replace(found, loads=tuple(open_))))
+    assert [result for name, result in said.items() if name != "comparable"] == ["skipped"]
+
+
 @given(st.text(), st.text(), st.sampled_from(["passed", "failure", "error", "skipped"]))
 def test_any_text_makes_whole_xml(name: str, says: str, result: Any) -> None:
     root = ET.fromstring(render_junit([Suite(name=name, cases=[Case(name=name, result=result, says=says)])]))

@@ -68,7 +68,7 @@ def suite_of_comparison(found: Comparison) -> Suite:
 
 
 _OUTCOMES: dict[str, Result] = {
-    "fails": "failure", "holds": "passed", "undecided": "passed", "not judged": "skipped",
+    "fails": "failure", "holds": "passed", "undecided": "skipped", "not judged": "skipped",
 }  # fmt: skip
 
 

@@ -41,10 +41,8 @@ GONE_S = 5.0
 """From SIGKILL until the last member has vanished."""
 LOCK_S = 30.0
 WORD_CHARS = 300  # what is kept of one word of a command line
-NVIDIA = Path("/proc/driver/nvidia/gpus")
-DEVICES = Path("/dev")
-"""Where sandboxes that have no such folder (gVisor) show accelerators, as nvidia0 and so on."""
-"""One entry for each accelerator of this host."""
+NVIDIA, DEVICES = Path("/proc/driver/nvidia/gpus"), Path("/dev")
+"""One entry for each accelerator; in sandboxes without the former (gVisor) nvidia0 and so on in the latter."""
 
 _held: list[IO[bytes]] = []  # locks of this process's `work_folder`s, let go at its end
 

@@ -3,7 +3,7 @@
 The autoscaler is Kubernetes' HPA (autoscaling/v2) with its default behaviour, over a sum of vLLM's gauges as KEDA's
 Prometheus scaler hands it on (an ``AverageValue``): it wants the sum over the target, nothing else within a tolerance
 of 10 %, at most four more or twice as many at once, and gives back only what no decision of the last five minutes
-wanted. Source: Kubernetes 1.31, ``pkg/controller/podautoscaler/replica_calculator.go`` and ``horizontal.go``.
+wanted. After Kubernetes' documentation of the Horizontal Pod Autoscaler; not compared with its code.
 """
 
 from __future__ import annotations
